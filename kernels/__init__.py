@@ -1,0 +1,1 @@
+"""Attention and cache kernels, each beside a float32 reference in plain jax."""

@@ -1,0 +1,173 @@
+"""The decoder layer as the two functions around attention, and the token embedding and head.
+
+A layer never attends by itself: a mode calls ``pre_attention`` and ``post_attention`` where the
+weights are and the attention where the KV cache is. So the model knows no mode, no cache and
+no kernel.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sidp_jax.models.config import ModelConfig
+from sidp_jax.models.layers import Axes, Linear, RMSNorm, rms_norm, rope_inverse_frequencies, rotate
+
+LayerParams = dict[str, jax.Array | jax.ShapeDtypeStruct]
+"""The parameters of one layer by name, for example ``{"qkv.kernel": ...}``; or their description."""
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm transformer layer: grouped-query attention and a SwiGLU feed-forward part.
+
+    Query, key and value share one projection, grouped by key head so that tensor parallelism can
+    shard it: group ``k`` holds its query heads, then its key head, then its value head. Gate and up
+    share one too.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        c = config
+        hidden, groups, queries = c.hidden_size, c.num_kv_heads, c.queries_per_kv_head
+        self.num_queries = queries
+        self.inverse_frequencies = tuple(
+            rope_inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling).tolist()
+        )
+        self.input_norm = RMSNorm(hidden, c.rms_norm_eps, dtype)
+        self.qkv = Linear(
+            (groups, queries + 2, c.head_dim),
+            ("kv_heads", None, None),
+            (hidden,),
+            (None,),
+            bias=c.qkv_bias,
+            dtype=dtype,
+        )
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
+        self.out = Linear(
+            (hidden,),
+            (None,),
+            (groups, queries, c.head_dim),
+            ("kv_heads", None, None),
+            dtype=dtype,
+        )
+        self.post_norm = RMSNorm(hidden, c.rms_norm_eps, dtype)
+        self.gate_up = Linear(
+            (2, c.intermediate_size), (None, "ffn"), (hidden,), (None,), dtype=dtype
+        )
+        self.down = Linear((hidden,), (None,), (c.intermediate_size,), ("ffn",), dtype=dtype)
+
+    def pre_attention(
+        self, x: Float[Array, "tokens hidden"], positions: Int[Array, "tokens"]
+    ) -> tuple[
+        Float[Array, "tokens heads head_dim"],
+        Float[Array, "tokens kv_heads head_dim"],
+        Float[Array, "tokens kv_heads head_dim"],
+    ]:
+        """Normalises and projects the activations to rotated queries and keys, and values.
+
+        Args:
+            x: The residual stream.
+            positions: Position of each token in its sequence.
+        """
+        qkv = self.qkv(self.input_norm(x))
+        q, k, v = jnp.split(qkv, [self.num_queries, self.num_queries + 1], axis=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        frequencies = jnp.asarray(self.inverse_frequencies, jnp.float32)
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        return q.reshape(q.shape[0], -1, q.shape[-1]), k[:, :, 0], v[:, :, 0]
+
+    def post_attention(
+        self,
+        x: Float[Array, "tokens hidden"],
+        attended: Float[Array, "tokens heads head_dim"],
+    ) -> Float[Array, "tokens hidden"]:
+        """Projects the attention's result into the residual stream and adds the feed-forward part.
+
+        Args:
+            x: The residual stream as ``pre_attention`` got it.
+            attended: The attention's result, query heads in the order of ``pre_attention``.
+        """
+        groups = attended.reshape(x.shape[0], -1, self.num_queries, attended.shape[-1])
+        x = x + self.out(groups)
+        gate, up = jnp.moveaxis(self.gate_up(self.post_norm(x)), 1, 0)
+        return x + self.down(jax.nn.silu(gate) * up)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """Shape of one parameter, and a logical axis name (or None) for each dimension."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+
+
+@cache
+def _abstract_layer(config: ModelConfig, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and abstract parameters of a layer; no memory is allocated."""
+    abstract = nnx.eval_shape(lambda: DecoderLayer(config, jnp.dtype(dtype)))
+    return nnx.split(abstract)
+
+
+@cache
+def layer_spec(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Shape and logical axes of every parameter of one layer, by name."""
+    _, state = _abstract_layer(config, "float32")
+    return {
+        ".".join(path): ParamSpec(tuple(leaf.shape), leaf.get_metadata("axes"))
+        for path, leaf in nnx.to_flat_state(state)
+    }
+
+
+def bind_layer(config: ModelConfig, params: LayerParams) -> DecoderLayer:
+    """A layer over the given arrays; free inside a traced function.
+
+    Args:
+        config: The model's architecture.
+        params: One array for each name of ``layer_spec``.
+    """
+    dtype = params["qkv.kernel"].dtype
+    graphdef, state = _abstract_layer(config, str(dtype))
+    bound = [
+        (path, leaf.replace(params[".".join(path)])) for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(bound))
+
+
+def embed(
+    embedding: Float[Array, "rows hidden"], tokens: Int[Array, "tokens"], first: int | Int[Array, ""]
+) -> Float[Array, "tokens hidden"]:
+    """Looks tokens up in one shard of the embedding; tokens of other shards give zeros.
+
+    Args:
+        embedding: Rows ``first`` to ``first + rows`` of the token embedding.
+        tokens: Token ids of the whole vocabulary.
+        first: The token id of the shard's first row.
+    """
+    rows = embedding.shape[0]
+    local = tokens - first
+    here = (local >= 0) & (local < rows)
+    return jnp.where(here[:, None], embedding[jnp.clip(local, 0, rows - 1)], 0)
+
+
+def head_logits(
+    x: Float[Array, "tokens hidden"],
+    final_norm: Float[Array, "hidden"],
+    head: Float[Array, "rows hidden"],
+    eps: float,
+) -> Float[Array, "tokens rows"]:
+    """Logits of one shard of the vocabulary, in float32.
+
+    Args:
+        x: The residual stream after the last layer.
+        final_norm: Scale of the last normalisation.
+        head: The shard's rows of the output head.
+        eps: Epsilon of the normalisation.
+    """
+    normed = rms_norm(x, final_norm, eps)
+    return jax.lax.dot_general(
+        normed, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,224 @@
+"""From a configuration to an engine that is ready to generate."""
+
+from __future__ import annotations
+
+import logging
+import os
+from math import ceil, prod
+
+import jax.numpy as jnp
+
+from sidp_jax.batch import BatchLayout, token_buckets
+from sidp_jax.checkpoint import load_weights
+from sidp_jax.config import ConfigError, EngineConfig
+from sidp_jax.engine import Engine
+from sidp_jax.hardware import load_profile, profile_for
+from sidp_jax.mesh import make_mesh
+from sidp_jax.models.config import ModelConfig, UnsupportedModelError
+from sidp_jax.models.decoder import layer_spec
+from sidp_jax.modes.policy import CAS, REPLICATED, WAS, LayerShape, Policy
+from sidp_jax.pool import PoolLayout, kv_bytes_per_page
+from sidp_jax.request import MAX_STOP_TOKEN_IDS
+from sidp_jax.runner import Runner, RunnerShapes, num_pages_that_fit
+from sidp_jax.scheduler import Scheduler, SchedulerConfig
+from sidp_jax.step import StepProgram
+from sidp_jax.tokenizer import load_tokenizer
+from sidp_jax.weights import Weights, nbytes_per_device
+
+logger = logging.getLogger(__name__)
+
+_HOST_SHARE = 0.25
+"""Most of the host's free memory that the caches of virtual CPU devices take together."""
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Loads the model, sizes the KV cache, compiles every program and returns the engine.
+
+    Args:
+        config: What to run, and how.
+
+    Raises:
+        ConfigError: Something is missing or does not fit; the message says what to set.
+        CheckpointError: The checkpoint is incomplete, damaged, or made for another model.
+    """
+    model, program = _model_and_program(config)
+    max_model_len = _max_model_len(config, model)
+    layer_loop = config.layer_loop
+    if layer_loop == "auto":
+        layer_loop = "scan" if program.platform == "cpu" else "unrolled"
+    weights = load_weights(
+        config.model_path,
+        model,
+        program.layout,
+        program.mesh,
+        dtype=jnp.dtype(config.dtype),
+        layer_loop=layer_loop,
+        load_format=config.load_format,
+        seed=config.seed,
+    )
+    modes = _modes(config)
+    batches = _batch_layouts(config, model, max_model_len)
+    shapes = RunnerShapes(
+        batches=batches,
+        max_num_seqs=config.max_num_seqs,
+        page_size=config.page_size,
+        num_kv_pages=_num_pages(config, program, weights, modes, batches[-1], max_model_len),
+        kv_dtype=jnp.dtype(config.dtype),
+    )
+    runner = Runner(program, weights, modes, shapes)
+    runner.warm_up()
+    engine = Engine(
+        runner,
+        Scheduler(
+            SchedulerConfig(
+                pool_size=config.pool_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=max_model_len,
+                page_size=config.page_size,
+                num_kv_pages=shapes.num_kv_pages,
+            )
+        ),
+        _policy(config, model, program, modes),
+        max_model_len=max_model_len,
+        seed=config.seed,
+        tokenizer=load_tokenizer(config.model_path),
+    )
+    _log_sizes(engine, weights)
+    return engine
+
+
+def _model_and_program(config: EngineConfig) -> tuple[ModelConfig, StepProgram]:
+    """Model, pool and mesh; every way in which they do not fit is a ``ConfigError``."""
+    try:
+        model = ModelConfig.from_pretrained(config.model_path)
+        everywhere = config.mode == REPLICATED
+        resident = model.num_layers if everywhere else config.resident_layers
+        layout = PoolLayout(model.num_layers, config.pool_size, resident)
+        mesh = make_mesh(config.pool_size, config.tensor_parallel_size)
+    except (UnsupportedModelError, FileNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    return model, StepProgram(model, layout, mesh, "reference")
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    longest = model.max_position_embeddings
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is more than the {longest} positions that the "
+            f"model was made for; lower it"
+        )
+    return config.max_model_len
+
+
+def _modes(config: EngineConfig) -> tuple[str, ...]:
+    """The modes that steps may run in; a pool of one has nothing to fetch and nobody to send to."""
+    if config.mode != "auto":
+        return (config.mode,)
+    return (WAS, CAS) if config.pool_size > 1 else (WAS,)
+
+
+def _batch_layouts(
+    config: EngineConfig, model: ModelConfig, max_model_len: int
+) -> tuple[BatchLayout, ...]:
+    return tuple(
+        BatchLayout(
+            tokens=tokens,
+            seqs=min(tokens, config.max_num_seqs),
+            pages=ceil(max_model_len / config.page_size),
+            stop_ids=MAX_STOP_TOKEN_IDS + len(model.eos_token_ids),
+        )
+        for tokens in token_buckets(config.max_num_batched_tokens)
+    )
+
+
+def _num_pages(
+    config: EngineConfig,
+    program: StepProgram,
+    weights: Weights,
+    modes: tuple[str, ...],
+    largest: BatchLayout,
+    max_model_len: int,
+) -> int:
+    """Pages of one replica: as configured, or as many as there is memory for."""
+    wanted = config.num_kv_pages
+    if wanted is None and program.platform == "cpu":
+        # More than this no batch could use; less where the host has not that much to give.
+        wanted = min(config.max_num_seqs * largest.pages, _host_pages(config, program))
+    elif wanted is None:
+        device = program.mesh.local_devices[0]
+        wanted = num_pages_that_fit(
+            program,
+            weights,
+            modes,
+            largest,
+            page_size=config.page_size,
+            max_num_seqs=config.max_num_seqs,
+            kv_dtype=jnp.dtype(config.dtype),
+            memory_bytes=device.memory_stats()["bytes_limit"],
+        )
+    if wanted < largest.pages:
+        raise ConfigError(
+            f"the KV cache of a replica has {wanted} pages of {config.page_size} tokens, too few "
+            f"for one sequence of max_model_len={max_model_len}; lower max_model_len to "
+            f"{wanted * config.page_size} or less, or raise "
+            f"{'num_kv_pages' if config.num_kv_pages else 'pool_size or gpu_memory_utilization'}"
+        )
+    return wanted
+
+
+def _host_pages(config: EngineConfig, program: StepProgram) -> int:
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    model = program.config
+    page = kv_bytes_per_page(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=config.page_size,
+        dtype_bytes=jnp.dtype(config.dtype).itemsize,
+    )
+    return int(free * _HOST_SHARE) // (page * config.pool_size)
+
+
+def _policy(
+    config: EngineConfig, model: ModelConfig, program: StepProgram, modes: tuple[str, ...]
+) -> Policy:
+    item = jnp.dtype(config.dtype).itemsize
+    parameters = sum(prod(spec.shape) for spec in layer_spec(model).values())
+    matrices = sum(
+        prod(spec.shape) for name, spec in layer_spec(model).items() if name.endswith("kernel")
+    )
+    shape = LayerShape(
+        weight_bytes=parameters * item,
+        flops_per_token=2.0 * matrices,
+        activation_bytes=model.hidden_size * item,
+        qkv_bytes=(model.num_heads + 2 * model.num_kv_heads) * model.head_dim * item,
+        attended_bytes=model.num_heads * model.head_dim * item,
+    )
+    name = config.hardware
+    if name == "auto":
+        try:
+            name = profile_for(program.mesh.devices.flat[0].device_kind, program.platform)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return Policy(modes, config.pool_size, shape, load_profile(name))
+
+
+def _log_sizes(engine: Engine, weights: Weights) -> None:
+    program = engine.runner.program
+    logger.info(
+        "weights: %.2f GB per device, %d of %d layers resident, pool of %d, attention: %s",
+        nbytes_per_device(weights) / 1e9,
+        program.layout.resident_layers,
+        program.layout.num_layers,
+        program.layout.pool_size,
+        program.attention,
+    )
+    logger.info(
+        "KV cache size: %s tokens, maximum concurrency for %s tokens per request: %.2fx",
+        f"{engine.kv_tokens:,}",
+        f"{engine.max_model_len:,}",
+        engine.kv_tokens / engine.max_model_len,
+    )

@@ -1,0 +1,227 @@
+"""Owns everything that lives on the devices, and the compiled programs that work on it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sidp_jax import sampling
+from sidp_jax.batch import BatchLayout
+from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
+from sidp_jax.pool import kv_bytes_per_page, padded_vocab
+from sidp_jax.step import StepProgram
+from sidp_jax.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = ("greedy", "random", "full")
+"""The sampler's programs, each able to do what those before it do."""
+
+
+@dataclass(frozen=True)
+class RunnerShapes:
+    """The static sizes of a run.
+
+    Attributes:
+        batches: Shapes of the batch, ascending: one program for each, per mode.
+        max_num_seqs: Sequences of one replica; also its sampling slots.
+        page_size: Tokens of a page of the KV cache.
+        num_kv_pages: Pages of one replica.
+        kv_dtype: Type of keys and values.
+    """
+
+    batches: tuple[BatchLayout, ...]
+    max_num_seqs: int
+    page_size: int
+    num_kv_pages: int
+    kv_dtype: jnp.dtype
+
+
+class Runner:
+    """Runs steps: holds weights, KV cache, last tokens and sampler state on the devices.
+
+    All programs are compiled ahead of time by ``warm_up``; a step that would need another one is
+    an error, so nothing can recompile in the middle of a job.
+
+    Args:
+        program: Model, pool and mesh.
+        weights: The weights on their devices.
+        modes: Modes that steps may run in.
+        shapes: The static sizes.
+    """
+
+    def __init__(
+        self,
+        program: StepProgram,
+        weights: Weights,
+        modes: tuple[str, ...],
+        shapes: RunnerShapes,
+    ):
+        self.program, self.weights, self.modes, self.shapes = program, weights, modes, shapes
+        self._forward: dict[tuple[str, BatchLayout], jax.stages.Compiled] = {}
+        self._sampler: dict[tuple[str, BatchLayout], jax.stages.Compiled] = {}
+        self._new_state: jax.stages.Compiled | None = None
+        self._kv: KVCache | None = None
+        self._last_tokens: jax.Array | None = None
+        self._state: sampling.SamplerState | None = None
+
+    def warm_up(self) -> None:
+        """Allocates the cache, then compiles every program and runs each once on an empty batch."""
+        started = time.monotonic()
+        pool = self.program.layout.pool_size
+        self._kv = allocate(self._kv_spec())
+        self._last_tokens = jax.device_put(
+            np.zeros((pool, self.shapes.max_num_seqs), np.int32), self.program.per_replica()
+        )
+        for mode, batch in product(self.modes, self.shapes.batches):
+            self._forward[mode, batch] = self._compile_forward(mode, batch)
+        for variant, batch in product(VARIANTS, self.shapes.batches):
+            self._sampler[variant, batch] = self._compile_sampler(variant, batch)
+        self._new_state = (
+            jax.jit(
+                lambda: jax.tree.map(
+                    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._state_spec()
+                ),
+                out_shardings=self.program.per_replica(),
+            )
+            .lower()
+            .compile()
+        )
+        for batch in self.shapes.batches:
+            empty = batch.empty(pool)
+            for mode, variant in product(self.modes, VARIANTS):
+                self.launch(mode, variant, batch, empty)
+        jax.block_until_ready(self._kv)
+        logger.info(
+            "warm-up: %d forward and %d sampling programs in %.1f s",
+            len(self._forward),
+            len(self._sampler),
+            time.monotonic() - started,
+        )
+
+    def launch(
+        self, mode: str, variant: str, batch: BatchLayout, buffer: np.ndarray
+    ) -> sampling.Sampled:
+        """Sends one step to the devices and returns without waiting for it.
+
+        Args:
+            mode: Mode of the step.
+            variant: Variant of the sampler.
+            batch: Shape of the batch.
+            buffer: The packed batch, int32 ``[pool, batch.size]``.
+
+        Returns:
+            What was sampled, arrays ``[pool, rows, ...]`` that are still being computed.
+        """
+        on_device = jax.device_put(buffer, self.program.per_replica())
+        forwarded = self._forward[mode, batch](self.weights, self._kv, self._last_tokens, on_device)
+        self._kv = forwarded.kv
+        if variant == "full" and self._state is None:
+            self._state = self._new_state()
+        state = self._state if variant == "full" else None
+        self._last_tokens, state, sampled = self._sampler[variant, batch](
+            forwarded.logits, forwarded.tokens, self._last_tokens, on_device, state
+        )
+        if variant == "full":
+            self._state = state
+        jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
+        return sampled
+
+    def compiled_forward(self, mode: str, batch: BatchLayout) -> jax.stages.Compiled:
+        """The compiled forward program, to read its memory or its HLO."""
+        return self._forward[mode, batch]
+
+    def _kv_spec(self) -> KVCache:
+        shapes = self.shapes
+        return kv_cache_spec(
+            self.program.config,
+            self.program.mesh,
+            num_pages=shapes.num_kv_pages,
+            page_size=shapes.page_size,
+            dtype=shapes.kv_dtype,
+        )
+
+    def _spec(self, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        pool = self.program.layout.pool_size
+        return jax.ShapeDtypeStruct((pool, *shape), dtype, sharding=self.program.per_replica())
+
+    def _state_spec(self) -> sampling.SamplerState:
+        state = jax.eval_shape(
+            lambda: sampling.init_state(self.shapes.max_num_seqs, self._vocab_rows())
+        )
+        return jax.tree.map(lambda leaf: self._spec(leaf.shape, leaf.dtype), state)
+
+    def _vocab_rows(self) -> int:
+        return padded_vocab(self.program.config.vocab_size, self.program.mesh.size)
+
+    def _compile_forward(self, mode: str, batch: BatchLayout) -> jax.stages.Compiled:
+        weights = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            self.weights,
+        )
+        last_tokens = self._spec((self.shapes.max_num_seqs,), jnp.int32)
+        buffer = self._spec((batch.size,), jnp.int32)
+        forward = self.program.forward(mode, batch, weights)
+        return forward.lower(weights, self._kv_spec(), last_tokens, buffer).compile()
+
+    def _compile_sampler(self, variant: str, batch: BatchLayout) -> jax.stages.Compiled:
+        logits = self._spec((batch.seqs, self._vocab_rows()), jnp.float32)
+        tokens = self._spec((batch.tokens,), jnp.int32)
+        last_tokens = self._spec((self.shapes.max_num_seqs,), jnp.int32)
+        buffer = self._spec((batch.size,), jnp.int32)
+        state = self._state_spec() if variant == "full" else None
+        sampler = self.program.sampler(variant, batch)
+        return sampler.lower(logits, tokens, last_tokens, buffer, state).compile()
+
+
+def num_pages_that_fit(
+    program: StepProgram,
+    weights: Weights,
+    modes: tuple[str, ...],
+    batch: BatchLayout,
+    *,
+    page_size: int,
+    max_num_seqs: int,
+    kv_dtype: jnp.dtype,
+    memory_bytes: int,
+) -> int:
+    """Pages of KV cache that one replica has room for, beside everything else that a step needs.
+
+    The largest step is compiled with a small cache, and what the compiler then says about
+    arguments, results and temporaries is taken off the memory: nothing is estimated.
+
+    Args:
+        program: Model, pool and mesh.
+        weights: The weights on their devices.
+        modes: Modes that steps may run in.
+        batch: The largest shape of the batch.
+        page_size: Tokens of a page.
+        max_num_seqs: Sequences of one replica.
+        kv_dtype: Type of keys and values.
+        memory_bytes: Bytes of one device that may be used.
+    """
+    probe = Runner(
+        program, weights, modes, RunnerShapes((batch,), max_num_seqs, page_size, 1, kv_dtype)
+    )
+    config = program.config
+    page = kv_bytes_per_page(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=page_size,
+        dtype_bytes=jnp.dtype(kv_dtype).itemsize,
+    )
+    used = 0
+    for mode in modes:
+        memory = probe._compile_forward(mode, batch).memory_analysis()
+        used = max(used, memory.argument_size_in_bytes - page + memory.temp_size_in_bytes)
+    # Logits of two steps, the sampler's workspace and its state live beside the forward program.
+    memory = probe._compile_sampler("full", batch).memory_analysis()
+    used += 2 * memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return max(0, (memory_bytes - used) // page)

@@ -1,0 +1,333 @@
+"""Continuous batching: which tokens of which sequences every replica computes in the next step.
+
+One global queue feeds all the replicas of a pool. Decode comes first, prefill fills what is left of
+the token budget in chunks, and where pages run out the newest sequence starts again later
+(preemption by recomputation). The host plans one step ahead: step n+1 is planned before it knows
+the tokens of step n, so counters run ahead of token values (`Sequence.num_pending`).
+
+No jax here. Scheduling as in Orca (iteration level), Sarathi-Serve (chunked prefill beside decode)
+and vLLM (paged cache, preemption of the newest).
+"""
+
+import heapq
+from array import array
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
+
+from sidp_jax.pages import PageAllocator, pages_for
+from sidp_jax.request import RequestError, Sequence
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Sizes of the pool; the last five are per replica.
+
+    Attributes:
+        pool_size: replicas.
+        max_num_seqs: most sequences that run at a time.
+        max_num_batched_tokens: the token budget of a step.
+        max_model_len: most tokens of a sequence, prompt and output together.
+        page_size: tokens per page of the KV cache.
+        num_kv_pages: pages of the KV cache.
+    """
+
+    pool_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    num_kv_pages: int
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}, so that every running sequence can decode in "
+                "every step: raise the one or lower the other"
+            )
+
+
+class Chunk(NamedTuple):
+    """A run of one sequence's tokens, computed in one step."""
+
+    sequence: Sequence
+    start: int  # position of the first token
+    length: int
+    samples: bool  # whether the last token's logits give the sequence its next token
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: for every replica its chunks, those of one token (decode) first.
+
+    Build the batch from it before anything else changes the sequences.
+    """
+
+    replicas: list[list[Chunk]]
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that a replica has."""
+        return max(sum(chunk.length for chunk in chunks) for chunks in self.replicas)
+
+    @property
+    def max_seqs(self) -> int:
+        """Most sequences that a replica has."""
+        return max(len(chunks) for chunks in self.replicas)
+
+
+@dataclass
+class Replica:
+    """The host's view of one replica."""
+
+    index: int
+    allocator: PageAllocator
+    free_slots: list[int]
+    running: list[Sequence] = field(default_factory=list)  # oldest first
+
+
+@dataclass
+class Draft:
+    """One replica's part of the step that is being planned."""
+
+    replica: Replica
+    budget: int  # tokens left for prefill
+    decodes: list[Chunk] = field(default_factory=list)
+    prefills: list[Chunk] = field(default_factory=list)
+    preempted: bool = False
+
+    def append(self, sequence: Sequence, length: int, remaining: int) -> None:
+        """Plan the next `length` of the `remaining` tokens; from here on they count as computed."""
+        samples = length == remaining
+        chunk = Chunk(sequence, sequence.num_computed, length, samples)
+        (self.decodes if length == 1 else self.prefills).append(chunk)
+        sequence.num_computed += length
+        sequence.num_pending += samples
+
+
+class Scheduler:
+    """The queue, the replicas' running sequences and their pages."""
+
+    def __init__(self, config: SchedulerConfig):
+        self.config = config
+        self.replicas = [
+            Replica(
+                index,
+                PageAllocator(config.num_kv_pages, config.page_size),
+                free_slots=list(range(config.max_num_seqs - 1, -1, -1)),
+            )
+            for index in range(config.pool_size)
+        ]
+        self.num_preemptions = 0
+        self._waiting: list[tuple[int, Sequence]] = []  # a heap by seq_id: order of arrival
+
+    # Statistics
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot and pages."""
+        return sum(len(replica.running) for replica in self.replicas)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of all pages that is allocated, 0 to 1."""
+        allocated = sum(replica.allocator.num_allocated for replica in self.replicas)
+        return allocated / (self.config.pool_size * self.config.num_kv_pages)
+
+    # What the engine calls
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence.
+
+        Raises:
+            RequestError: it could never run to its `max_tokens`.
+        """
+        config = self.config
+        size = len(sequence.prompt) + sequence.max_tokens
+        what = f"{len(sequence.prompt)} prompt tokens and max_tokens={sequence.max_tokens}"
+        if not sequence.prompt or sequence.max_tokens < 1:
+            raise RequestError(f"{what}: both must be at least 1")
+        if size > config.max_model_len:
+            raise RequestError(
+                f"{what} are {size} tokens, more than max_model_len={config.max_model_len}: "
+                "shorten the prompt or lower max_tokens"
+            )
+        if pages_for(size, config.page_size) > config.num_kv_pages:
+            raise RequestError(
+                f"{what} are {size} tokens, more than the KV cache of a replica holds "
+                f"({config.num_kv_pages} pages of {config.page_size} tokens): "
+                "shorten the prompt, lower max_tokens or raise num_kv_pages"
+            )
+        heapq.heappush(self._waiting, (sequence.seq_id, sequence))
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step.
+
+        Returns:
+            The plan, or None where there is nothing to compute: no work at all, or none before the
+            tokens of the launched steps are recorded.
+        """
+        drafts = [self._plan_running(replica) for replica in self.replicas]
+        self._admit(drafts)
+        plan = StepPlan([draft.decodes + draft.prefills for draft in drafts])
+        return plan if plan.max_seqs else None
+
+    def record_token(self, sequence: Sequence, token: int) -> bool:
+        """Take the value of a sequence's oldest pending token.
+
+        Returns:
+            Whether the token counts: not if the sequence finished while its step was under way.
+        """
+        if sequence.finish_reason is not None:
+            return False
+        sequence.num_pending -= 1
+        sequence.output.append(token)
+        return True
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence; its slot and pages are free at once.
+
+        A launched step may still write to those pages. That is safe: steps run in order, and
+        whoever gets a page next writes each of its slots before reading it.
+        """
+        assert sequence.finish_reason is None, f"finished twice: {sequence}"
+        sequence.finish_reason = reason
+        if sequence.slot is not None:
+            self._release(sequence)
+        else:  # preempted after the step that gave its last token was launched
+            self._waiting.remove((sequence.seq_id, sequence))
+            heapq.heapify(self._waiting)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Drop all sequences of a request, with finish reason "abort"; returns them."""
+        dropped = [s for s in self._unfinished() if s.request_id == request_id]
+        for sequence in dropped:
+            self.finish(sequence, "abort")
+        return dropped
+
+    # The policy, piece by piece
+
+    def _plan_running(self, replica: Replica) -> Draft:
+        """Go on with a replica's running sequences, oldest first."""
+        work = [sequence.num_remaining for sequence in replica.running]
+        draft = Draft(replica, budget=self.config.max_num_batched_tokens - work.count(1))
+        for sequence, remaining in zip(tuple(replica.running), work, strict=True):
+            if sequence.slot is None:
+                break  # preempted for an older one, and so are all that are newer
+            length = 1 if remaining == 1 else min(remaining, draft.budget)
+            if length == 0 or not self._make_room(draft, sequence, length):
+                continue
+            draft.append(sequence, length, remaining)
+            if remaining > 1:
+                draft.budget -= length
+        return draft
+
+    def _make_room(self, draft: Draft, sequence: Sequence, length: int) -> bool:
+        """Give a running sequence pages for `length` more tokens, taken from the newest if need be.
+
+        Returns:
+            False if the sequence was itself the newest, and had to go.
+        """
+        page_size = self.config.page_size
+        num_tokens = sequence.num_computed + length
+        if num_tokens <= len(sequence.pages) * page_size:
+            return True
+        replica = draft.replica
+        needed = pages_for(num_tokens, page_size) - len(sequence.pages)
+        while not replica.allocator.can_allocate(needed):
+            newest = replica.running[-1]
+            self._preempt(newest)
+            draft.preempted = True
+            if newest is sequence:
+                return False
+        sequence.pages.extend(replica.allocator.allocate(needed))
+        return True
+
+    def _admit(self, drafts: list[Draft]) -> None:
+        """Start waiting sequences, in order of arrival, while there is room for the first one."""
+        while self._waiting:
+            sequence = self._waiting[0][1]
+            draft = self._choose_replica(drafts)
+            if draft is None or sequence.num_pending:
+                return  # a pending token's value is not on the device any more, nor yet here
+            needed = pages_for(sequence.num_tokens + 1, self.config.page_size)
+            if not draft.replica.allocator.can_allocate(needed):
+                return
+            heapq.heappop(self._waiting)
+            self._start(sequence, draft.replica, needed)
+            remaining = sequence.num_remaining
+            length = min(remaining, draft.budget)
+            draft.append(sequence, length, remaining)
+            draft.budget -= length
+
+    def _choose_replica(self, drafts: list[Draft]) -> Draft | None:
+        """The replica with the most free pages among those that may admit a sequence."""
+        return max(
+            (d for d in drafts if d.budget > 0 and d.replica.free_slots and not d.preempted),
+            key=lambda d: d.replica.allocator.num_free,
+            default=None,
+        )
+
+    def _start(self, sequence: Sequence, replica: Replica, num_pages: int) -> None:
+        """Take a sequence out of the queue into a replica, with all the pages its prefill needs."""
+        sequence.replica = replica.index
+        sequence.slot = replica.free_slots.pop()
+        sequence.pages.extend(replica.allocator.allocate(num_pages))
+        insort(replica.running, sequence, key=attrgetter("seq_id"))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Put a running sequence back into the queue; it computes all its tokens again."""
+        assert sequence is not self.replicas[sequence.replica].running[0], (
+            "the oldest sequence of a replica fits its cache, so it is never preempted"
+        )
+        self._release(sequence)
+        heapq.heappush(self._waiting, (sequence.seq_id, sequence))
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a running sequence's slot and pages."""
+        replica = self.replicas[sequence.replica]
+        replica.running.remove(sequence)
+        replica.free_slots.append(sequence.slot)
+        replica.allocator.free(sequence.pages)
+        sequence.pages = array("i")
+        sequence.replica = sequence.slot = None
+        sequence.num_computed = 0
+
+    # Invariants
+
+    def _unfinished(self) -> Iterator[Sequence]:
+        for replica in self.replicas:
+            yield from replica.running
+        for _, sequence in self._waiting:
+            yield sequence
+
+    def check_integrity(self) -> None:
+        """Assert that pages and slots are conserved and every sequence is in one place."""
+        for replica in self.replicas:
+            replica.allocator.check_integrity()
+            owned = [page for sequence in replica.running for page in sequence.pages]
+            assert len(owned) == len(set(owned)), "a page in two sequences"
+            assert len(owned) == replica.allocator.num_allocated, "an allocated page in none"
+            slots = [sequence.slot for sequence in replica.running] + replica.free_slots
+            assert sorted(slots) == list(range(self.config.max_num_seqs)), f"slots: {slots}"
+            assert all(sequence.replica == replica.index for sequence in replica.running)
+            order = [sequence.seq_id for sequence in replica.running]
+            assert order == sorted(order), f"not oldest first: {order}"
+        seq_ids = [sequence.seq_id for sequence in self._unfinished()]
+        assert len(seq_ids) == len(set(seq_ids)), "a sequence in two places"
+        assert all(sequence.finish_reason is None for sequence in self._unfinished())
+        for _, sequence in self._waiting:
+            held = (sequence.replica, sequence.slot, list(sequence.pages), sequence.num_computed)
+            assert held == (None, None, [], 0), f"a waiting sequence holds {held}"

@@ -1,0 +1,25 @@
+"""Test set-up: eight virtual CPU devices, and every shape annotation checked at run time."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        flags += " --xla_force_host_platform_device_count=8"
+    # The tests spend their time in compilation, not in what was compiled.
+    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = flags.strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="sidp_jax_tests_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("sidp_jax", "beartype.beartype")
+
+from hypothesis import settings
+
+# Runs are reproducible, and a slow machine is no failure.
+settings.register_profile("sidp_jax", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("sidp_jax")

@@ -1,0 +1,91 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidp_jax.hardware import Hardware, load_profile, profile_for, profile_names
+from sidp_jax.modes.policy import CAS, REPLICATED, WAS, LayerShape, Policy, PolicyState
+
+QWEN72B = LayerShape(
+    weight_bytes=1_755_000_000,
+    flops_per_token=2 * 877.5e6,
+    activation_bytes=2 * 8192,
+    qkv_bytes=2 * 10240,
+    attended_bytes=2 * 8192,
+)
+
+
+def policy(hardware="h200", pool_size=8, **changes):
+    return Policy((WAS, CAS), pool_size, QWEN72B, load_profile(hardware), **changes)
+
+
+def run(policy, tokens):
+    """Decides step after step; returns the modes and the switches."""
+    state, modes, switches = PolicyState(), [], []
+    for count in tokens:
+        state, switch = policy.decide(state, count)
+        modes.append(state.mode)
+        switches += [] if switch is None else [switch]
+    return modes, switches
+
+
+def test_large_batches_fetch_weights_and_small_ones_send_activations():
+    modes, switches = run(policy(), [2048, 2048, 16, 16, 2048])
+    assert modes == [WAS, WAS, CAS, CAS, WAS]
+    assert [(s.step, s.old, s.new, s.tokens) for s in switches] == [
+        (2, WAS, CAS, 16),
+        (4, CAS, WAS, 2048),
+    ]
+    assert all(s.new_seconds < s.old_seconds for s in switches)
+    assert "was -> cas at 16 tokens" in str(switches[0])
+
+
+def test_was_is_free_where_compute_hides_the_fetch():
+    p = policy()
+    assert p.seconds(WAS, 4096) == p.seconds(REPLICATED, 4096)
+    assert p.seconds(WAS, 256) == pytest.approx(1.755e9 / 385e9)
+
+
+@given(st.lists(st.integers(1, 4096), min_size=1, max_size=50))
+def test_no_mode_is_kept_that_costs_over_5_percent_more(tokens):
+    p = policy()
+    modes, switches = run(p, tokens)
+    for mode, count in zip(modes, tokens, strict=True):
+        assert p.seconds(mode, count) <= 1.05 * min(p.seconds(WAS, count), p.seconds(CAS, count))
+    changes = sum(a != b for a, b in zip(modes, modes[1:], strict=False))
+    assert changes == len(switches)
+
+
+def test_hysteresis_does_not_alternate_around_the_crossover():
+    p = policy()
+    below = next(t for t in range(4096, 0, -1) if p.seconds(CAS, t) < p.seconds(WAS, t))
+    assert len(run(p, [below, below + 1] * 50)[1]) == 0
+    eager = policy(margin=0.0)
+    assert len(run(eager, [below, below + 1] * 50)[1]) > 50
+
+
+def test_one_mode_is_never_left():
+    fixed = Policy((CAS,), 8, QWEN72B, load_profile("h200"))
+    assert run(fixed, [1, 8192, 1]) == ([CAS] * 3, [])
+
+
+def test_bad_values_are_errors():
+    with pytest.raises(ValueError, match="at least one mode"):
+        Policy((), 8, QWEN72B, load_profile("h200"))
+    with pytest.raises(ValueError, match=r"margin=0\.2"):
+        policy(margin=0.2)
+    with pytest.raises(ValueError, match="unknown mode 'tp'"):
+        policy().seconds("tp", 4)
+    with pytest.raises(ValueError, match="hardware='a100' is unknown; known: "):
+        load_profile("a100")
+    with pytest.raises(ValueError, match="flops must be positive"):
+        Hardware("x", 0.0, 1.0, 1.0, 0.0, "")
+
+
+def test_profiles_of_devices():
+    assert {load_profile(name).name for name in profile_names()} == set(profile_names())
+    assert profile_for("NVIDIA H200", "gpu") == "h200"
+    assert profile_for("NVIDIA H20", "gpu") == "h20"
+    assert profile_for("NVIDIA H100 80GB HBM3", "gpu") == "h100"
+    assert profile_for("cpu", "cpu") == "cpu"
+    with pytest.raises(ValueError, match="no hardware profile for 'NVIDIA A100-SXM4-80GB'"):
+        profile_for("NVIDIA A100-SXM4-80GB", "gpu")
