@@ -9,7 +9,7 @@ Problems are drawn afresh for each batch; accuracies and ``prompts.jsonl`` are o
 alone (``tiny_adder.py`` has the task). Problems and initial weights follow from the seed; on a GPU
 the trained weights do so up to the order of floating-point sums. Needs the extra ``train``::
 
-    python experiments/train_tiny_adder.py --steps 20000 --batch 1024 [--max-seconds 300]
+    python experiments/train_tiny_adder.py --steps 5000 --batch 1024 [--max-seconds 300]
     python experiments/train_tiny_adder.py --smoke --out /tmp/adder --results /tmp/training.json
 """
 
@@ -74,14 +74,14 @@ class TrainConfig:
         max_seconds: Training stops early after this time, in seconds.
     """
 
-    steps: int = 20_000
+    steps: int = 5_000
     batch: int = 1024
     seed: int = 0
     learning_rate: float = 1.5e-3
     warmup_steps: int = 500
     weight_decay: float = 0.1
     log_every: int = 250
-    eval_every: int = 2_000
+    eval_every: int = 2_500
     eval_prompts: int = 4_096
     max_seconds: float = float("inf")
 
@@ -95,8 +95,8 @@ class TrainConfig:
 # The model
 
 
-def model_values(num_layers: int, hidden: int, heads: int, kv_heads: int, ffn: int) -> dict:
-    """The contents of ``config.json``."""
+def model_values(num_layers: int, hidden: int, head_dim: int, ffn: int) -> dict[str, Any]:
+    """The contents of ``config.json``: four query heads, two key and value heads."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -104,9 +104,9 @@ def model_values(num_layers: int, hidden: int, heads: int, kv_heads: int, ffn: i
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": hidden // heads,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
@@ -382,10 +382,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=TrainConfig.batch)
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
+    parser.add_argument("--weight-decay", type=float, default=TrainConfig.weight_decay)
     parser.add_argument("--max-seconds", type=float, default=TrainConfig.max_seconds)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--ffn", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--ffn", type=int, default=192)
     parser.add_argument("--out", type=Path, default=ROOT / "sidp_jax/assets/tiny_adder")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "experiments/results/tiny_adder_training.json"
@@ -402,11 +404,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         batch=args.batch,
         seed=args.seed,
         learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
         max_seconds=args.max_seconds,
     )
-    values = model_values(args.layers, args.hidden, 4, 2, args.ffn)
+    values = model_values(args.layers, args.hidden, args.head_dim, args.ffn)
     if args.smoke:
-        values = model_values(3, 32, 4, 2, 64)
+        values = model_values(3, 32, 8, 64)
         train = replace(train, steps=60, batch=64, log_every=10, eval_every=60, eval_prompts=128)
     config = ModelConfig.from_dict(values)
     watched = held_out_problems(np.random.default_rng(PROMPTS_SEED + 2), train.eval_prompts // 4)

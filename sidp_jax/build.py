@@ -6,6 +6,7 @@ import logging
 import os
 from math import ceil, prod
 
+import jax
 import jax.numpy as jnp
 
 from sidp_jax.batch import BatchLayout, token_buckets
@@ -157,7 +158,7 @@ def _num_pages(
             page_size=config.page_size,
             max_num_seqs=config.max_num_seqs,
             kv_dtype=jnp.dtype(config.dtype),
-            memory_bytes=device.memory_stats()["bytes_limit"],
+            memory_bytes=_usable_bytes(config, device),
         )
     if wanted < largest.pages:
         raise ConfigError(
@@ -167,6 +168,13 @@ def _num_pages(
             f"{'num_kv_pages' if config.num_kv_pages else 'pool_size or gpu_memory_utilization'}"
         )
     return wanted
+
+
+def _usable_bytes(config: EngineConfig, device: jax.Device) -> int:
+    """The configured share of a GPU's memory; jax itself tells only the share that it allocated."""
+    allocated = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    limit = device.memory_stats()["bytes_limit"]
+    return int(min(limit, limit / allocated * config.gpu_memory_utilization))
 
 
 def _host_pages(config: EngineConfig, program: StepProgram) -> int:

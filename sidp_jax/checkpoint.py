@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ AbstractParams = dict[str, jax.ShapeDtypeStruct]
 NamedArrays = Iterator[tuple[str, jax.Array]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where parameters come from. ``leaves`` say shape, type and sharding of what is wanted."""
 
@@ -176,13 +177,19 @@ def _collect(layers: Iterable[NamedArrays], target: LayerStack, axis: int) -> La
         for name, array in layer:
             insert = _insert_into(axis, target[name].sharding)
             stacks[name] = insert(stacks[name], array, index).block_until_ready()
+            del array  # before the next one is made, not after
     return stacks
 
 
 @cache
 def _insert_into(axis: int, sharding: NamedSharding) -> jax.stages.Wrapped:
     def insert(stack: jax.Array, array: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, array, index, axis)
+        if stack.dtype.itemsize != 2:
+            return jax.lax.dynamic_update_index_in_dim(stack, array, index, axis)
+        # XLA on the CPU moves 16-bit floats as float32, element by element; integers it copies.
+        bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (stack, array)]
+        updated = jax.lax.dynamic_update_index_in_dim(*bits, index, axis)
+        return jax.lax.bitcast_convert_type(updated, stack.dtype)
 
     return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 

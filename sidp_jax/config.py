@@ -146,14 +146,14 @@ class EngineConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self):
-        for field in fields(self):
-            if field.name == "sampling":
+        for key, entry in _FIELDS.items():
+            if key == "sampling":  # has checked itself
                 continue
-            value = _typed(field.name, getattr(self, field.name), field.type)
-            object.__setattr__(self, field.name, value)
-            limit, valid, remedy = _LIMITS.get(field.name, (None, None, None))
+            value = _typed(key, getattr(self, key), entry.type)
+            object.__setattr__(self, key, value)
+            limit, valid, remedy = _LIMITS.get(key, (None, None, None))
             if limit is not None and value is not None and not valid(value):
-                raise ConfigError(f"{field.name}={value!r} must be {limit}; {remedy}")
+                raise ConfigError(f"{key}={value!r} must be {limit}; {remedy}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "

@@ -301,15 +301,15 @@ class Engine:
 
         def entry(token: int, logprob: float, rank: int) -> Logprob:
             text = None if self.tokenizer is None else self.tokenizer.decode([token])
-            return Logprob(float(logprob), int(rank), text)
+            return Logprob(logprob, rank, text)
 
-        logprob = float(sampled.logprob[replica, row])
-        entries = {token: entry(token, logprob, sampled.rank[replica, row])}
-        for place in range(wanted):
-            top = int(sampled.top_ids[replica, row, place])
+        logprob = sampled.logprob[replica, row].item()
+        entries = {token: entry(token, logprob, sampled.rank[replica, row].item())}
+        top_ids = sampled.top_ids[replica, row, :wanted].tolist()
+        top_logprobs = sampled.top_logprobs[replica, row, :wanted].tolist()
+        for rank, (top, top_logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
             if top >= 0:
-                top_logprob = sampled.top_logprobs[replica, row, place]
-                entries.setdefault(top, entry(top, top_logprob, place + 1))
+                entries.setdefault(top, entry(top, top_logprob, rank))
         output.logprobs.append(entries)
         output.cumulative_logprob += logprob
 

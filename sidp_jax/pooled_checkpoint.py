@@ -210,11 +210,12 @@ def _check_arrays(folder: Path, config: ModelConfig, found: dict[str, Any]) -> N
         for name, spec in layer_spec(config).items()
     }
     wanted |= {_path(name): shape for name, shape in hf.outer_shapes(config).items()}
+    tables = (_path(hf.EMBEDDING), _path(hf.HEAD))
     problems = [f"array {path!r} is missing" for path in wanted if path not in found]
     for path, array in found.items():
         if path not in wanted:
             problems.append(f"array {path!r} has no place in {config.architecture}")
-        elif not _fits(tuple(array.shape), wanted[path], path in (_path(hf.EMBEDDING), _path(hf.HEAD))):
+        elif not _fits(tuple(array.shape), wanted[path], padded=path in tables):
             problems.append(
                 f"array {path!r} has shape {list(array.shape)}, config.json wants "
                 f"{list(wanted[path])}"

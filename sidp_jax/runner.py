@@ -10,6 +10,7 @@ from itertools import product
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sidp_jax import sampling
 from sidp_jax.batch import BatchLayout
@@ -147,7 +148,7 @@ class Runner:
             dtype=shapes.kv_dtype,
         )
 
-    def _spec(self, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    def _spec(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         pool = self.program.layout.pool_size
         return jax.ShapeDtypeStruct((pool, *shape), dtype, sharding=self.program.per_replica())
 

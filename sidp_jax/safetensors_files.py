@@ -208,10 +208,10 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 f"safetensors file"
             )
         try:
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-        except (ValueError, AttributeError) as error:
+            entries = dict(json.loads(stream.read(length)))
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"the header of {file} is damaged: {error}") from error
+    entries.pop("__metadata__", None)
     tensors, end = {}, 8 + length
     for name, entry in entries.items():
         tensors[name], last = _parse_entry(name, entry, file, 8 + length)

@@ -6,7 +6,9 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from sidp_jax.request import RequestError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -18,7 +20,7 @@ _MARGIN = 4
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be loaded, or cannot do what is asked of it."""
+    """A tokenizer that cannot be read."""
 
 
 class Tokenizer:
@@ -48,7 +50,7 @@ class Tokenizer:
         """The tokens of a prompt, with the special tokens that the tokenizer adds.
 
         Raises:
-            TokenizerError: The text is no valid Unicode.
+            RequestError: The text is no valid Unicode.
         """
         return self._encode(text, add_special_tokens=True)
 
@@ -64,10 +66,10 @@ class Tokenizer:
             template_arguments: More variables for the chat template.
 
         Raises:
-            TokenizerError: There is no chat template, or it refuses these messages.
+            RequestError: There is no chat template, or it refuses these messages.
         """
         if not self.has_chat_template:
-            raise TokenizerError("the tokenizer has no chat template; send a prompt instead")
+            raise RequestError("the tokenizer has no chat template; send a prompt instead")
         try:
             text = self.hf.apply_chat_template(
                 list(messages),
@@ -76,7 +78,7 @@ class Tokenizer:
                 **(template_arguments or {}),
             )
         except Exception as error:  # templates are programs, and raise whatever they like
-            raise TokenizerError(f"the chat template refuses the messages: {error}") from error
+            raise RequestError(f"the chat template refuses the messages: {error}") from error
         return text, self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -91,7 +93,7 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):  # a lone surrogate
-            raise TokenizerError("the text is no valid Unicode: it has lone surrogates") from None
+            raise RequestError("the text is no valid Unicode: it has lone surrogates") from None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:
@@ -115,6 +117,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     return Tokenizer(hf)
 
 
+@runtime_checkable
 class Decodes(Protocol):
     """What a detokenizer needs of a tokenizer."""
 
@@ -139,11 +142,14 @@ class Detokenizer:
         tokenizer: Decodes, or None: the text stays empty.
         prompt_ids: The prompt.
         stop: Strings that end the text.
+
+    Raises:
+        RequestError: There are stop strings, but no tokenizer.
     """
 
     def __init__(self, tokenizer: Decodes | None, prompt_ids: Sequence[int], stop: Sequence[str]):
         if stop and tokenizer is None:
-            raise TokenizerError(f"{stop=} needs a tokenizer, and the model folder has none")
+            raise RequestError(f"{stop=} needs a tokenizer, and the model has none")
         self._tokenizer = tokenizer
         self._context = list(prompt_ids[-_CONTEXT:])
         self._stop = tuple(stop)

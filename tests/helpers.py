@@ -3,9 +3,17 @@
 import jax
 import numpy as np
 
+from sidp_jax.batch import BatchLayout, token_buckets
+from sidp_jax.engine import Engine
+from sidp_jax.hardware import load_profile
+from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
+from sidp_jax.modes.policy import LayerShape, Policy, PolicyState
 from sidp_jax.pool import PoolLayout
+from sidp_jax.runner import Runner, RunnerShapes
+from sidp_jax.scheduler import Scheduler, SchedulerConfig
+from sidp_jax.step import StepProgram
 from sidp_jax.weights import Weights, weights_spec
 
 
@@ -69,3 +77,70 @@ def random_weights(config: ModelConfig, layout: PoolLayout, mesh, layer_loop: st
     head = None if config.tie_word_embeddings else table()
     host = Weights(pooled, resident, embedding, norm, head)
     return jax.tree.map(lambda leaf, value: jax.device_put(value, leaf.sharding), spec, host)
+
+
+class Alternating(Policy):
+    """A policy that changes the mode at every step."""
+
+    def decide(self, state, tokens):
+        return PolicyState(self.modes[state.steps % len(self.modes)], state.steps + 1), None
+
+
+def make_engine(
+    *,
+    modes: tuple[str, ...] = ("was",),
+    policy_type: type[Policy] = Policy,
+    config: ModelConfig | None = None,
+    pool_size: int = 2,
+    resident_layers: int = 0,
+    layer_loop: str = "scan",
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 16,
+    max_model_len: int = 48,
+    page_size: int = 4,
+    num_kv_pages: int = 64,
+) -> Engine:
+    """An engine over a small random model, warmed up."""
+    config = config or small_config(5)
+    if modes == ("replicated",):
+        resident_layers = config.num_layers
+    layout = PoolLayout(config.num_layers, pool_size, resident_layers)
+    mesh = make_mesh(pool_size)
+    shapes = RunnerShapes(
+        batches=tuple(
+            BatchLayout(tokens, min(tokens, max_num_seqs), max_model_len // page_size, 17)
+            for tokens in token_buckets(max_num_batched_tokens)
+        ),
+        max_num_seqs=max_num_seqs,
+        page_size=page_size,
+        num_kv_pages=num_kv_pages,
+        kv_dtype=np.dtype(np.float32),
+    )
+    program = StepProgram(config, layout, mesh, "reference")
+    weights = random_weights(config, layout, mesh, layer_loop)
+    runner = Runner(program, weights, modes, shapes)
+    runner.warm_up()
+    scheduler = Scheduler(
+        SchedulerConfig(
+            pool_size, max_num_seqs, max_num_batched_tokens, max_model_len, page_size, num_kv_pages
+        )
+    )
+    shape = LayerShape(1 << 20, 1e6, 128, 512, 128)
+    policy = policy_type(modes, pool_size, shape, load_profile("h200"))
+    return Engine(
+        runner, scheduler, policy, max_model_len=max_model_len, seed=0, tokenizer=None
+    )
+
+
+def run_requests(engine: Engine, requests: dict, *, every_step=lambda: None) -> dict:
+    """Runs ``{request_id: (prompt, params)}`` to the end; returns the outputs by id."""
+    for request_id, (prompt, params) in requests.items():
+        engine.add_request(request_id, prompt, params)
+    outputs = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id] = output
+        engine.scheduler.check_integrity()
+        every_step()
+    assert engine.scheduler.kv_usage == 0
+    return outputs

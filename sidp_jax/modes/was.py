@@ -19,7 +19,10 @@ from sidp_jax.weights import Weights
 
 # Parameters below this size travel together in one message: norms and biases are a few KB, and
 # a message of its own for each would cost its latency many times over.
-_PACKED_BYTES = 1 << 20
+_PACKED_BYTES = 1 << 16
+
+Pending = tuple[jax.Array, LayerParams | None]
+"""Activations, and the layer that they are about to meet."""
 
 
 def run_layers(
@@ -39,10 +42,8 @@ def run_layers(
     def super_step(carry, row: LayerParams, behind: list[Span]):
         x, kv, buffer = carry
         for owner, span in enumerate(behind):
-            # Without the barrier XLA would hoist every fetch to the top: W buffers, not two.
-            row, x = jax.lax.optimization_barrier((row, x))
             with jax.named_scope("fetch"):
-                arriving = fetch(row, owner, context.platform)
+                (x, buffer), arriving = fetch(row, owner, context.platform, after=(x, buffer))
             x, kv = compute(buffer, span, x, kv)
             buffer = arriving
         return x, kv, buffer
@@ -57,7 +58,9 @@ def run_layers(
     return compute(buffer, ordered[-1], x, kv)
 
 
-def fetch(row: LayerParams, owner: int, platform: str) -> LayerParams:
+def fetch(
+    row: LayerParams, owner: int, platform: str, *, after: Pending
+) -> tuple[Pending, LayerParams]:
     """The layer that one replica holds in a row of the slab, on every replica.
 
     Args:
@@ -65,23 +68,39 @@ def fetch(row: LayerParams, owner: int, platform: str) -> LayerParams:
         owner: The replica whose layer is wanted.
         platform: ``gpu`` broadcasts from the owner; the CPU, which has no broadcast, sums over
             replicas that hold zeros except the owner, to the same bits.
+        after: Activations and layer buffer that the fetch may not start before. Without that XLA
+            issues every fetch at the top of the step, or several as one, and holds a buffer
+            for every layer instead of two.
+
+    Returns:
+        ``after``, through which whatever follows is tied to the fetch, and the layer.
     """
     small = [name for name, array in row.items() if array.nbytes < _PACKED_BYTES]
-    arrived = {
-        name: _broadcast(array, owner, platform) for name, array in row.items() if name not in small
-    }
+    messages = {name: array for name, array in row.items() if name not in small}
     if small:
-        packed = jnp.concatenate([row[name].reshape(-1) for name in small])
-        packed = _broadcast(packed, owner, platform)
-        first = 0
+        messages["packed"] = jnp.concatenate([row[name].reshape(-1) for name in small])
+    if platform == "gpu":
+        messages, after = jax.lax.optimization_barrier((messages, after))
+        arrived = {
+            name: jax.lax.pbroadcast(array, (POOL,), owner) for name, array in messages.items()
+        }
+    else:
+        mine = (jax.lax.axis_index(POOL) == owner) & _true_after(after)
+        arrived = {
+            name: jax.lax.psum(jnp.where(mine, array, 0), POOL) for name, array in messages.items()
+        }
+    if small:
+        packed, first = arrived.pop("packed"), 0
         for name in small:
             arrived[name] = packed[first : first + row[name].size].reshape(row[name].shape)
             first += row[name].size
-    return arrived
+    return after, arrived
 
 
-def _broadcast(array: jax.Array, owner: int, platform: str) -> jax.Array:
-    if platform == "gpu":
-        return jax.lax.pbroadcast(array, (POOL,), owner)
-    mine = jax.lax.axis_index(POOL) == owner
-    return jax.lax.psum(jnp.where(mine, array, 0), POOL)
+def _true_after(arrays: Pending) -> jax.Array:
+    """True, but not known before the arrays are: XLA's CPU compiler drops optimization barriers."""
+    true = jnp.bool_(True)
+    for array in jax.tree.leaves(arrays):
+        bits = jax.lax.bitcast_convert_type(array.reshape(-1)[0], f"uint{8 * array.itemsize}")
+        true &= (bits | 1) != 0
+    return true

@@ -1,0 +1,45 @@
+"""What the Mosaic GPU kernels share: how one is built, and the version trap they avoid."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+
+def gpu_kernel(
+    body: Callable[..., None],
+    *,
+    name: str,
+    grid: int,
+    scratch: Sequence[Any],
+    out_type: Sequence[Any] = (),
+    warpgroups: int = 1,
+    interpret: Any = None,
+) -> Callable[..., Any]:
+    """Build a kernel over a line of thread blocks, called "block"; its threads are "wg".
+
+    The same as `plgpu.kernel` without its rule for `vmap`, which in jax 0.10 loses the effect on a
+    mutable array that is passed in. Arguments may be such arrays (`jax.new_ref`); they are written
+    in place.
+    """
+    threads = {} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "wg"}
+    mesh = plgpu.Mesh(grid=(grid,), grid_names=("block",), **threads)
+
+    def scoped(*refs):
+        axes = "wg" if warpgroups > 1 else ()
+        pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes=axes)
+
+    return pl.kernel(
+        scoped,
+        out_type=tuple(out_type),
+        mesh=mesh,
+        name=name,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=512,  # rows lie within four lanes: reductions need none
+        ),
+    )

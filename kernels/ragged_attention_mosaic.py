@@ -1,0 +1,800 @@
+"""Ragged paged attention for Hopper, in Pallas' Mosaic GPU dialect.
+
+Two kernels share one entry, `ragged_attention_mosaic`:
+
+- decode: rows with one query. All tiles of all (row, K/V head) pairs lie in one line, which is cut
+  into equal pieces, one per worker; so lengths do not matter for balance, and long sequences are
+  split. A pair cut by a boundary leaves partial results, which a third, small kernel merges.
+  (Stream-K: Osama et al. 2023; merging by log-sum-exp: Dao et al., Flash-Decoding, 2023.)
+- prefill: rows with more queries, FlashAttention 3 (Shah et al. 2024) without its overlap inside a
+  warpgroup: one producer warpgroup moves K and V through a ring in shared memory, two consumers
+  take turns on the tensor cores and in the softmax.
+
+Which row goes where is decided on the device, by a plan of a few small integer arrays. The plan
+depends on the batch alone: XLA computes it once for all layers of a step.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from sidp_jax.kernels.mosaic import gpu_kernel
+
+ROWS = 64  # rows of one wgmma
+LOG2E = math.log2(math.e)
+_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How the work is cut.
+
+    Attributes:
+        num_sms: streaming multiprocessors to fill (132 on H100 and H200).
+        decode_streams: decode workers in one thread block; each is a producer and a consumer.
+        decode_block_kv: keys of one decode tile.
+        decode_stages: tiles in a worker's ring.
+        prefill_block_kv: keys of one prefill tile.
+        prefill_stages: tiles in the ring of a prefill block.
+    """
+
+    num_sms: int = 132
+    decode_streams: int = 2
+    decode_block_kv: int = 64
+    decode_stages: int = 3
+    prefill_block_kv: int = 128
+    prefill_stages: int = 2
+
+    def __post_init__(self):
+        for name in ("decode_block_kv", "prefill_block_kv"):
+            if getattr(self, name) not in (64, 128, 256):
+                raise ValueError(f"{name}={getattr(self, name)} must be 64, 128 or 256")
+        if min(self.decode_stages, self.prefill_stages) < 2:
+            raise ValueError(f"{self.decode_stages=} and {self.prefill_stages=} must be at least 2")
+        if not 1 <= self.decode_streams <= 4:
+            raise ValueError(f"{self.decode_streams=} must be between 1 and 4")
+
+    @property
+    def decode_workers(self) -> int:
+        return self.num_sms * self.decode_streams
+
+
+class DecodePlan(NamedTuple):
+    """Where decode workers begin; rows are those with one query, packed to the front."""
+
+    token: Int[Array, " seqs"]  # query of the d-th decode row
+    row: Int[Array, " seqs"]  # its row in the batch
+    context: Int[Array, " seqs"]
+    tiles: Int[Array, " seqs"]  # tiles of one K/V head
+    starts: Int[Array, " seqs_plus_1"]  # first tile of the row in the line of all tiles
+    worker_starts: Int[Array, " workers_plus_1"]  # first tile of each worker
+    worker_rows: Int[Array, " workers_plus_1"]  # the decode row it lies in
+
+
+class PrefillPlan(NamedTuple):
+    """Query tiles of all rows with several queries, longest rows first."""
+
+    slot_row: Int[Array, " slots"]  # which of the rows below a tile belongs to
+    row: Int[Array, " rows"]
+    start: Int[Array, " rows"]  # first query
+    end: Int[Array, " rows"]  # one past the last
+    context: Int[Array, " rows"]
+    tiles: Int[Array, " rows"]
+    first_slot: Int[Array, " rows_plus_1"]
+
+
+def _cdiv(a, b: int):
+    return lax.div(a + (b - 1), jnp.int32(b))
+
+
+def decode_plan(
+    query_starts: Int[Array, " seqs_plus_1"],
+    context_lens: Int[Array, " seqs"],
+    *,
+    kv_heads: int,
+    block_kv: int,
+    workers: int,
+) -> DecodePlan:
+    """Cut the tiles of all decode rows into `workers` equal pieces."""
+    seqs = context_lens.shape[0]
+    is_decode = (query_starts[1:] - query_starts[:-1] == 1) & (context_lens > 0)
+    row = jnp.argsort(~is_decode, stable=True).astype(jnp.int32)
+    context = context_lens[row]
+    tiles = jnp.where(is_decode[row], _cdiv(context, block_kv), 0)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(tiles * kv_heads)])
+    starts = starts.astype(jnp.int32)
+    share, rest = starts[-1] // workers, starts[-1] % workers
+    worker = jnp.arange(workers + 1, dtype=jnp.int32)
+    worker_starts = worker * share + jnp.minimum(worker, rest)
+    worker_rows = jnp.sum(worker_starts[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
+    worker_rows = jnp.minimum(worker_rows, seqs - 1)
+    return DecodePlan(query_starts[row], row, context, tiles, starts, worker_starts, worker_rows)
+
+
+def prefill_plan(
+    query_starts: Int[Array, " seqs_plus_1"],
+    context_lens: Int[Array, " seqs"],
+    *,
+    tokens: int,
+    block_q: int,
+) -> PrefillPlan:
+    """List the query tiles; the padding after the last row is a row without context.
+
+    Tiles begin at multiples of eight tokens, where TMA can address tiled shared memory.
+    """
+    seqs = context_lens.shape[0]
+    start = query_starts
+    end = jnp.concatenate([query_starts[1:], jnp.full(1, tokens, jnp.int32)])
+    context = jnp.concatenate([context_lens, jnp.zeros(1, jnp.int32)])
+    length = end - start
+    wanted = (length > 1) | ((context == 0) & (length > 0))
+    tiles = jnp.where(wanted, _cdiv(end - start // 8 * 8, block_q), 0)
+    order = jnp.argsort(jnp.where(wanted, -context, 1), stable=True).astype(jnp.int32)
+    tiles = tiles[order]
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(tiles)]).astype(jnp.int32)
+    slots = tokens // block_q + 2 * (seqs + 1)
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    slot_row = jnp.sum(slot[:, None] >= first[None, 1:], axis=1, dtype=jnp.int32)
+    slot_row = jnp.minimum(slot_row, seqs)
+    row = jnp.minimum(order, seqs - 1)
+    return PrefillPlan(slot_row, row, start[order], end[order], context[order], tiles, first)
+
+
+def _copy_tile(k_ref, v_ref, tables_ref, k_smem, v_smem, k_barrier, v_barrier, wait, *, at):
+    """Start the loads of one tile of K and V, page by page.
+
+    Pages past the context are not looked up: the last page is read again, and masked.
+    """
+    row, head_base, tile, last_page, block_kv, page_size = at
+    chunk = min(page_size, block_kv)
+    places = []
+    for i in range(block_kv // chunk):
+        position = tile * block_kv + i * chunk
+        index = jnp.minimum(lax.div(position, jnp.int32(page_size)), last_page)
+        offset = lax.rem(position, jnp.int32(page_size)) if page_size > block_kv else 0
+        places.append((head_base + tables_ref[row, index], offset))
+    wait[0]()
+    for i, (page, offset) in enumerate(places):
+        source = k_ref.at[page, pl.ds(offset, chunk)]
+        plgpu.copy_gmem_to_smem(source, k_smem.at[pl.ds(i * chunk, chunk)], k_barrier)
+    wait[1]()
+    for i, (page, offset) in enumerate(places):
+        source = v_ref.at[page, pl.ds(offset, chunk)]
+        plgpu.copy_gmem_to_smem(source, v_smem.at[pl.ds(i * chunk, chunk)], v_barrier)
+
+
+def _matmul(a, b, shape):
+    def scope(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+        return acc_ref[...]
+
+    return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+
+
+def _matmul_add(acc, a, b, *, interpret: bool):
+    if interpret:  # the interpreter has no accumulators with a start value
+        return acc + _matmul(a, b, acc.shape)
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b))(plgpu.ACC.init(acc))
+
+
+def _full(shape, value: float, *, interpret: bool):
+    """A constant laid out as an accumulator, or as one number for each of its rows."""
+    x = jnp.full(shape, value, jnp.float32)
+    if interpret:  # the interpreter knows no layouts
+        return x
+    return plgpu.layout_cast(x, plgpu.Layout.WGMMA if len(shape) == 2 else _ROW_LAYOUT)
+
+
+def _start_state(head_dim: int, *, interpret: bool):
+    """No keys seen: (sum of weighted values, running maximum times log2(e), sum of weights)."""
+    shapes = ((ROWS, head_dim), 0.0), ((ROWS,), -jnp.inf), ((ROWS,), 0.0)
+    return tuple(_full(shape, value, interpret=interpret) for shape, value in shapes)
+
+
+def _over_keys(x, shape):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _softmax_step(qk, acc, peak, total, factor: float):
+    """One block of the running softmax, in base 2; returns the weights too."""
+    new_peak = jnp.maximum(peak, qk.max(axis=1) * factor)
+    shrink = jnp.exp2(peak - new_peak)
+    weights = jnp.exp2(qk * factor - _over_keys(new_peak, qk.shape))
+    acc = acc * _over_keys(shrink, acc.shape)
+    return weights, acc, new_peak, total * shrink
+
+
+def _iota(shape, axis: int, *, interpret: bool):
+    if interpret:
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+# ---------------------------------------------------------------------------------------- decode
+
+
+def _segment(plan: DecodePlan, place, end, kv_heads: int):
+    """The part of one (row, K/V head) pair that begins at `place` and ends before `end`."""
+    position, d = place
+    tiles = plan.tiles[d]
+    offset = position - plan.starts[d]
+    head = lax.div(offset, tiles)
+    first = offset - head * tiles
+    count = jnp.minimum(tiles - first, end - position)
+    at_end = position + count == plan.starts[d + 1]
+    return head, first, count, tiles, (position + count, jnp.where(at_end, d + 1, d))
+
+
+def _decode_kernel(
+    q_ref,  # [tokens * heads, head_dim]
+    k_ref,  # [layers * kv_heads * pages, page_size, head_dim]
+    v_ref,
+    layer_ref,  # [1]
+    tables_ref,  # [seqs, max_pages]
+    *refs,
+    config: TuningConfig,
+    kv_heads: int,
+    groups: int,
+    num_pages: int,
+    factor: float,
+    interpret: bool,
+):
+    plan = DecodePlan(*refs[:7])
+    out_ref, part_ref, stat_ref = refs[7:10]
+    qo_smem, k_smem, v_smem, stat_smem, q_full, k_full, v_full, k_free, v_free = refs[10:]
+    head_dim = q_ref.shape[1]
+    page_size = k_ref.shape[1]
+    block, stages, streams = config.decode_block_kv, config.decode_stages, config.decode_streams
+    thread = lax.axis_index("wg")
+    stream = lax.rem(thread, jnp.int32(streams))
+    worker = lax.axis_index("block") * streams + stream
+    ring = stream * stages  # first barrier of this stream
+    begin = plan.worker_starts[worker]
+    end = plan.worker_starts[worker + 1]
+    start_place = (begin, plan.worker_rows[worker])
+
+    @pl.when(thread >= streams)
+    def _producer():
+        plgpu.set_max_registers(40, action="decrease")
+        head_stride = jnp.int32(num_pages)
+        layer_base = layer_ref[0] * (kv_heads * num_pages)
+
+        def segment(carry):
+            place, step = carry
+            d = place[1]
+            head, first, count, _, next_place = _segment(plan, place, end, kv_heads)
+            row = plan.row[d]
+            last_page = _cdiv(plan.context[d], page_size) - 1
+            base = layer_base + head * head_stride
+
+            def tile(i, _):
+                n = step + i
+                slot = lax.rem(n, jnp.int32(stages))
+                waits = [
+                    lambda free=free: pl.when(n >= stages)(
+                        lambda: plgpu.barrier_wait(free.at[ring + slot])
+                    )
+                    for free in (k_free, v_free)
+                ]
+                _copy_tile(
+                    k_ref,
+                    v_ref,
+                    tables_ref,
+                    k_smem.at[stream, slot],
+                    v_smem.at[stream, slot],
+                    k_full.at[ring + slot],
+                    v_full.at[ring + slot],
+                    waits,
+                    at=(row, base, first + i, last_page, block, page_size),
+                )
+
+            lax.fori_loop(0, count, tile, None)
+            return next_place, step + count
+
+        lax.while_loop(lambda c: c[0][0] < end, segment, (start_place, jnp.int32(0)))
+
+    @pl.when(thread < streams)
+    def _consumer():
+        plgpu.set_max_registers(208 if streams <= 2 else 152, action="increase")
+        qo = qo_smem.at[stream]
+
+        def segment(carry):
+            place, step = carry
+            d = place[1]
+            head, first, count, tiles, next_place = _segment(plan, place, end, kv_heads)
+            context = plan.context[d]
+            query = plan.token[d] * (kv_heads * groups) + head * groups
+            # Rows of the tile past `groups` hold what was there before: they stay apart.
+            plgpu.commit_smem()
+            plgpu.copy_gmem_to_smem(
+                q_ref.at[pl.ds(query, groups)], qo.at[pl.ds(0, groups)], q_full.at[stream]
+            )
+            plgpu.barrier_wait(q_full.at[stream])
+            q = _load(qo, plgpu.Layout.WGMMA, interpret=interpret)
+
+            def tile(i, state, masked: bool):
+                acc, peak, total = state
+                slot = lax.rem(step + i, jnp.int32(stages))
+                plgpu.barrier_wait(k_full.at[ring + slot])
+                keys = k_smem.at[stream, slot].transpose((1, 0))
+                qk = _matmul(q, keys, (ROWS, block))
+                plgpu.barrier_arrive(k_free.at[ring + slot])
+                if masked:
+                    position = (first + i) * block + _iota((ROWS, block), 1, interpret=interpret)
+                    qk = jnp.where(position < context, qk, -jnp.inf)
+                weights, acc, peak, total = _softmax_step(qk, acc, peak, total, factor)
+                total = total + weights.sum(axis=1)
+                weights = weights.astype(q_ref.dtype)
+                plgpu.barrier_wait(v_full.at[ring + slot])
+                values = v_smem.at[stream, slot]
+                acc = _matmul_add(acc, weights, values, interpret=interpret)
+                plgpu.barrier_arrive(v_free.at[ring + slot])
+                return acc, peak, total
+
+            whole = jnp.clip(lax.div(context, jnp.int32(block)) - first, 0, count)
+            state = _start_state(head_dim, interpret=interpret)
+            state = lax.fori_loop(0, whole, functools.partial(tile, masked=False), state)
+            state = lax.fori_loop(whole, count, functools.partial(tile, masked=True), state)
+            acc, peak, total = state
+            acc = acc * _over_keys(1.0 / total, acc.shape)
+            rounded = acc.astype(q_ref.dtype)
+            qo[...] = rounded
+            complete = (first == 0) & (count == tiles)
+            rows = pl.ds(0, groups)
+
+            @pl.when(complete)
+            def _write():
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(qo.at[rows], out_ref.at[pl.ds(query, groups)])
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(jnp.logical_not(complete))
+            def _write_part():
+                part = 2 * worker + (place[0] != begin).astype(jnp.int32)
+                stat_smem[stream] = peak + jnp.log(total) * LOG2E
+                plgpu.commit_smem()
+                # High and low halves: as good as float32, through the same buffer.
+                plgpu.copy_smem_to_gmem(qo.at[rows], part_ref.at[part, 0, rows])
+                plgpu.copy_smem_to_gmem(stat_smem.at[stream], stat_ref.at[part])
+                plgpu.wait_smem_to_gmem(0)
+                qo[...] = (acc - rounded.astype(jnp.float32)).astype(q_ref.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(qo.at[rows], part_ref.at[part, 1, rows])
+                plgpu.wait_smem_to_gmem(0)
+
+            return next_place, step + count
+
+        lax.while_loop(lambda c: c[0][0] < end, segment, (start_place, jnp.int32(0)))
+
+
+def _load(ref, layout, *, interpret: bool):
+    if interpret:
+        return ref[...]
+    return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def _merge_kernel(
+    part_ref,  # [2 * workers, 2, groups, head_dim]
+    stat_ref,  # [2 * workers, 64]
+    *refs,
+    kv_heads: int,
+    groups: int,
+    interpret: bool,
+):
+    """Merge the parts of the pair that the boundary before worker `cut + 1` cuts, if it is its first."""
+    plan = DecodePlan(*refs[:7])
+    out_ref, part_smem, stat_smem, barrier = refs[7:]
+    worker = lax.axis_index("block") + 1
+    place = plan.worker_starts[worker]
+    before = plan.worker_starts[worker - 1]
+    d = plan.worker_rows[worker]
+    tiles = plan.tiles[d]
+    last = plan.starts[plan.starts.shape[0] - 1]
+    offset = place - plan.starts[d]
+    head = lax.div(offset, jnp.maximum(tiles, 1))
+    begin = plan.starts[d] + head * tiles
+    end = begin + tiles
+
+    @pl.when((place < last) & (begin < place) & (before <= begin))
+    def _merge():
+        rows = pl.ds(0, groups)
+
+        def load(part):
+            plgpu.commit_smem()
+            for i in range(2):
+                source = part_ref.at[part, i, rows]
+                plgpu.copy_gmem_to_smem(source, part_smem.at[i, rows], barrier)
+            plgpu.copy_gmem_to_smem(stat_ref.at[part], stat_smem, barrier)
+            plgpu.barrier_wait(barrier)
+            read = functools.partial(_load, interpret=interpret)
+            high, low = (
+                read(part_smem.at[i], plgpu.Layout.WGMMA).astype(jnp.float32) for i in range(2)
+            )
+            return high + low, read(stat_smem, _ROW_LAYOUT)
+
+        value, peak = load(2 * (worker - 1) + (before < begin).astype(jnp.int32))
+        total = _full((ROWS,), 1.0, interpret=interpret)
+
+        def more(carry):
+            u, value, peak, total = carry
+            other, stat = load(2 * u)
+            new_peak = jnp.maximum(peak, stat)
+            shrink, weight = jnp.exp2(peak - new_peak), jnp.exp2(stat - new_peak)
+            shape = value.shape
+            value = value * _over_keys(shrink, shape) + other * _over_keys(weight, shape)
+            return u + 1, value, new_peak, total * shrink + weight
+
+        state = (worker, value, peak, total)
+        in_pair = lambda c: plan.worker_starts[c[0]] < end  # noqa: E731
+        _, value, _, total = lax.while_loop(in_pair, more, state)
+        value = value * _over_keys(1.0 / total, value.shape)
+        part_smem[0] = value.astype(out_ref.dtype)
+        plgpu.commit_smem()
+        query = plan.token[d] * (kv_heads * groups) + head * groups
+        plgpu.copy_smem_to_gmem(part_smem.at[0, rows], out_ref.at[pl.ds(query, groups)])
+        plgpu.wait_smem_to_gmem(0)
+
+
+# --------------------------------------------------------------------------------------- prefill
+
+
+def _prefill_item(plan: PrefillPlan, item, *, config, kv_heads: int, groups: int, shared: int):
+    """Row, first token, heads and number of K/V tiles of one item of work."""
+    block_q = ROWS * 2 // shared
+    pairs = groups // shared
+    d = plan.slot_row[lax.div(item, jnp.int32(kv_heads * pairs))]
+    tiles = plan.tiles[d]
+    rest = item - plan.first_slot[d] * (kv_heads * pairs)
+    head = lax.div(rest, tiles * pairs)
+    rest = rest - head * (tiles * pairs)
+    rank = lax.div(rest, jnp.int32(pairs))
+    first_head = head * groups + (rest - rank * pairs) * shared
+    start, end, context = plan.start[d], plan.end[d], plan.context[d]
+    # The last tile, with the longest context, first.
+    token = lax.div(start, jnp.int32(8)) * 8 + (tiles - 1 - rank) * block_q
+    visible = context - end + jnp.minimum(token + block_q, end)
+    steps = _cdiv(jnp.maximum(jnp.where(context > 0, visible, 0), 0), config.prefill_block_kv)
+    return d, head, first_head, token, start, end, context, steps
+
+
+def _prefill_kernel(
+    q_ref,  # [tokens, heads, head_dim]
+    k_ref,  # [layers * kv_heads * pages, page_size, head_dim]
+    v_ref,
+    layer_ref,  # [1]
+    tables_ref,  # [seqs, max_pages]
+    *refs,
+    config: TuningConfig,
+    kv_heads: int,
+    groups: int,
+    num_pages: int,
+    factor: float,
+    interpret: bool,
+):
+    plan = PrefillPlan(*refs[:7])
+    out_ref, q_smem, o_smem, k_smem, v_smem = refs[7:12]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[12:]
+    head_dim = q_ref.shape[2]
+    page_size = k_ref.shape[1]
+    block, stages = config.prefill_block_kv, config.prefill_stages
+    shared = 2 if groups % 2 == 0 else 1  # heads of one block
+    wg = lax.axis_index("wg")
+    sm = lax.axis_index("block")
+    num_items = plan.first_slot[plan.first_slot.shape[0] - 1] * (kv_heads * (groups // shared))
+    describe = functools.partial(
+        _prefill_item, plan, config=config, kv_heads=kv_heads, groups=groups, shared=shared
+    )
+
+    def item_of(round_):
+        # Back and forth, so that a block with a long item gets a short one next.
+        odd = lax.rem(round_, jnp.int32(2)) == 1
+        return round_ * config.num_sms + jnp.where(odd, config.num_sms - 1 - sm, sm)
+
+    def place_of(first_head, token, wg):
+        return (token, first_head + wg) if shared == 2 else (token + ROWS * wg, first_head)
+
+    @pl.when(wg == 2)
+    def _producer():
+        plgpu.set_max_registers(40, action="decrease")
+        layer_base = layer_ref[0] * (kv_heads * num_pages)
+
+        def body(carry):
+            round_, step = carry
+            d, head, first_head, token, _, _, context, steps = describe(item_of(round_))
+            for i in range(2):
+                pl.when(round_ > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
+                first, q_head = place_of(first_head, token, i)
+                source = q_ref.at[pl.ds(first, ROWS), q_head]
+                plgpu.copy_gmem_to_smem(source, q_smem.at[i], q_full.at[i])
+            row = plan.row[d]
+            last_page = jnp.maximum(_cdiv(context, page_size) - 1, 0)
+            base = layer_base + head * num_pages
+
+            def tile(i, _):
+                n = step + i
+                slot = lax.rem(n, jnp.int32(stages))
+                waits = [
+                    lambda free=free: pl.when(n >= stages)(
+                        lambda: plgpu.barrier_wait(free.at[slot])
+                    )
+                    for free in (k_free, v_free)
+                ]
+                _copy_tile(
+                    k_ref,
+                    v_ref,
+                    tables_ref,
+                    k_smem.at[slot],
+                    v_smem.at[slot],
+                    k_full.at[slot],
+                    v_full.at[slot],
+                    waits,
+                    at=(row, base, i, last_page, block, page_size),
+                )
+
+            lax.fori_loop(0, steps, tile, None)
+            return round_ + 1, step + steps
+
+        lax.while_loop(lambda c: item_of(c[0]) < num_items, body, (jnp.int32(0), jnp.int32(0)))
+
+    @pl.when(wg < 2)
+    def _consumer():
+        plgpu.set_max_registers(232, action="increase")
+
+        def take_turn():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        pl.when(wg == 1)(take_turn)
+
+        def body(carry):
+            round_, step = carry
+            _, _, first_head, token, start, end, context, steps = describe(item_of(round_))
+            token, q_head = place_of(first_head, token, wg)
+            shift = context - end + token  # position of the first row's query
+            plgpu.barrier_wait(q_full.at[wg])
+
+            def tile(i, state, masked: bool):
+                acc, peak, total = state
+                slot = lax.rem(step + i, jnp.int32(stages))
+                plgpu.barrier_wait(k_full.at[slot])
+
+                def scores(acc_ref):
+                    plgpu.wgmma(acc_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                    take_turn()
+                    return acc_ref[...]
+
+                qk = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    query = shift + _iota((ROWS, block), 0, interpret=interpret)
+                    key = i * block + _iota((ROWS, block), 1, interpret=interpret)
+                    qk = jnp.where(query >= key, qk, -jnp.inf)
+                weights, acc, peak, total = _softmax_step(qk, acc, peak, total, factor)
+                rounded = weights.astype(q_ref.dtype)
+                total = total + weights.sum(axis=1)
+                if not interpret:
+                    acc, total, peak, rounded = lax.optimization_barrier(
+                        (acc, total, peak, rounded)
+                    )
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(turn)
+                acc = _matmul_add(acc, rounded, v_smem.at[slot], interpret=interpret)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc, peak, total
+
+            whole = jnp.clip(lax.div(jnp.maximum(shift + 1, 0), jnp.int32(block)), 0, steps)
+            state = _start_state(head_dim, interpret=interpret)
+            state = lax.fori_loop(0, whole, functools.partial(tile, masked=False), state)
+            state = lax.fori_loop(whole, steps, functools.partial(tile, masked=True), state)
+            acc, _, total = state
+            plgpu.barrier_arrive(q_free.at[wg])
+            total = jnp.where(total == 0.0, 1.0, total)
+            acc = acc * _over_keys(1.0 / total, acc.shape)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            o_smem[wg] = acc.astype(q_ref.dtype)
+            plgpu.commit_smem()
+            _store_rows(o_smem.at[wg], out_ref, token, q_head, start, end)
+            return round_ + 1, step + steps
+
+        lax.while_loop(lambda c: item_of(c[0]) < num_items, body, (jnp.int32(0), jnp.int32(0)))
+        pl.when(wg == 0)(take_turn)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _store_rows(o_smem, out_ref, token, head, start, end):
+    """Store the rows of a tile that belong to [start, end), in pieces of a power of two."""
+    low = jnp.maximum(start - token, 0)
+    count = jnp.maximum(jnp.minimum(end - token, ROWS) - low, 0)
+    size = ROWS
+    while size:
+        piece = pl.ds(low, size)
+
+        @pl.when(count & size != 0)
+        def _store(piece=piece, low=low, size=size):
+            plgpu.copy_smem_to_gmem(o_smem.at[piece], out_ref.at[pl.ds(token + low, size), head])
+
+        low = low + (count & size)
+        size //= 2
+
+
+# ----------------------------------------------------------------------------------------- entry
+
+
+def check_fits(q, k_pages, block_tables, config: TuningConfig) -> None:
+    """Raise ValueError if the kernels cannot take these shapes and types."""
+    heads, head_dim = q.shape[1:]
+    kv_heads, page_size = k_pages.shape[1], k_pages.shape[3]
+    if head_dim not in (64, 128):
+        raise ValueError(f"{head_dim=} must be 64 or 128 for the mosaic kernels; use 'reference'")
+    if page_size not in (16, 32, 64, 128):
+        raise ValueError(f"{page_size=} must be 16, 32, 64 or 128 for the mosaic kernels")
+    if heads // kv_heads > 16:
+        raise ValueError(f"{heads=} / {kv_heads=} must be at most 16 for the mosaic kernels")
+    if q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"{q.dtype=} and {k_pages.dtype=} must both be bfloat16 (or float16)")
+    pages = k_pages.shape[0] * kv_heads * k_pages.shape[2]
+    if pages >= 2**31:
+        raise ValueError(f"{pages=} of all layers and heads must be below 2**31")
+
+
+def ragged_attention_mosaic(
+    q: Float[Array, "tokens heads head_dim"],
+    k_pages: Float[Array, "layers kv_heads pages page_size head_dim"],
+    v_pages: Float[Array, "layers kv_heads pages page_size head_dim"],
+    layer: Int[Array, ""] | int,
+    block_tables: Int[Array, "seqs max_pages"],
+    query_starts: Int[Array, " seqs_plus_1"],
+    context_lens: Int[Array, " seqs"],
+    *,
+    scale: float,
+    config: TuningConfig | None = None,
+    interpret: Any = None,
+) -> Float[Array, "tokens heads head_dim"]:
+    """`ragged_attention` with the Hopper kernels; `interpret` runs them on the CPU (tests)."""
+    config = config or TuningConfig()
+    check_fits(q, k_pages, block_tables, config)
+    tokens, heads, head_dim = q.shape
+    layers, kv_heads, num_pages, page_size, _ = k_pages.shape
+    groups = heads // kv_heads
+    # TMA reads tiles of 64 queries; the hardware fills what lies past the end, but a dimension
+    # must hold whole tiles of eight rows. The interpreter fills nothing.
+    padded = max(-(-tokens // 8) * 8, ROWS) + (2 * ROWS if interpret else 0)
+    if padded != tokens:
+        q = jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0)))
+    flat = (layers * kv_heads * num_pages, page_size, head_dim)
+    shared = (
+        k_pages.reshape(flat),
+        v_pages.reshape(flat),
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        block_tables.astype(jnp.int32),
+    )
+    static = dict(
+        config=config,
+        kv_heads=kv_heads,
+        groups=groups,
+        num_pages=num_pages,
+        factor=scale * LOG2E,
+        interpret=bool(interpret),
+    )
+    query_starts = query_starts.astype(jnp.int32)
+    context_lens = context_lens.astype(jnp.int32)
+    rows = decode_plan(
+        query_starts,
+        context_lens,
+        kv_heads=kv_heads,
+        block_kv=config.decode_block_kv,
+        workers=config.decode_workers,
+    )
+    out, parts, stats = _call_decode(q, shared, rows, static, interpret)
+    out_ref = jax.new_ref(out)
+    _call_merge(out_ref, parts, stats, rows, static, interpret)
+    tiles = prefill_plan(
+        query_starts,
+        context_lens,
+        tokens=tokens,
+        block_q=2 * ROWS // (2 if groups % 2 == 0 else 1),
+    )
+    out = out_ref[...].reshape(padded, heads, head_dim)
+    out_ref = jax.new_ref(out)
+    _call_prefill(out_ref, q, shared, tiles, static, interpret)
+    return out_ref[...][:tokens]
+
+
+def _ring(shape: tuple[int, ...], dtype):
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _call_decode(q, shared, plan, static, interpret):
+    config, groups, head_dim = static["config"], static["groups"], q.shape[2]
+    block, stages, streams = config.decode_block_kv, config.decode_stages, config.decode_streams
+    copies = max(1, block // shared[0].shape[1])
+    parts = 2 * config.decode_workers
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=streams * stages)
+    free = plgpu.Barrier(num_barriers=streams * stages)
+    kernel = gpu_kernel(
+        functools.partial(_decode_kernel, **static),
+        out_type=[
+            jax.ShapeDtypeStruct((q.shape[0] * q.shape[1], head_dim), q.dtype),
+            jax.ShapeDtypeStruct((parts, 2, groups, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((parts, ROWS), jnp.float32),
+        ],
+        scratch=[
+            plgpu.SMEM((streams, ROWS, head_dim), q.dtype),
+            _ring((streams, stages, block, head_dim), q.dtype),
+            _ring((streams, stages, block, head_dim), q.dtype),
+            plgpu.SMEM((streams, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=streams),
+            full,
+            full,
+            free,
+            free,
+        ],
+        grid=config.num_sms,
+        warpgroups=2 * streams,
+        name="ragged_decode",
+        interpret=interpret,
+    )
+    return kernel(q.reshape(-1, head_dim), *shared, *plan)
+
+
+def _call_merge(out_ref, parts, stats, plan, static, interpret):
+    groups, head_dim = static["groups"], parts.shape[-1]
+    workers = static["config"].decode_workers
+    if workers == 1:
+        return
+    kernel = gpu_kernel(
+        functools.partial(
+            _merge_kernel,
+            kv_heads=static["kv_heads"],
+            groups=groups,
+            interpret=static["interpret"],
+        ),
+        scratch=[
+            plgpu.SMEM((2, ROWS, head_dim), parts.dtype),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(num_arrivals=3),
+        ],
+        grid=workers - 1,
+        name="ragged_decode_merge",
+        interpret=interpret,
+    )
+    kernel(parts, stats, *plan, out_ref)
+
+
+def _call_prefill(out_ref, q, shared, plan, static, interpret):
+    config, head_dim = static["config"], q.shape[2]
+    block, stages = config.prefill_block_kv, config.prefill_stages
+    copies = max(1, block // shared[0].shape[1])
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    kernel = gpu_kernel(
+        functools.partial(_prefill_kernel, **static),
+        scratch=[
+            _ring((2, ROWS, head_dim), q.dtype),
+            plgpu.SMEM((2, ROWS, head_dim), q.dtype),
+            _ring((stages, block, head_dim), q.dtype),
+            _ring((stages, block, head_dim), q.dtype),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
+            full,
+            full,
+            free,
+            free,
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        grid=config.num_sms,
+        warpgroups=3,
+        name="ragged_prefill",
+        interpret=interpret,
+    )
+    kernel(q, *shared, *plan, out_ref)

@@ -1,0 +1,187 @@
+"""The engine over a small random model: the same tokens, however a request is run."""
+
+import numpy as np
+import pytest
+from helpers import Alternating, make_engine, run_requests, small_config
+
+from sidp_jax import SamplingParams
+from sidp_jax.request import RequestError
+
+
+def prompts(count=9, longest=20, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest, count)
+    return {f"r{i}": rng.integers(2, 90, n).tolist() for i, n in enumerate(lengths)}
+
+
+def greedy(max_tokens=12, **changes):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **changes)
+
+
+def tokens(outputs):
+    return {name: [o.token_ids for o in output.outputs] for name, output in outputs.items()}
+
+
+@pytest.fixture(scope="module")
+def was_engine():
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens():
+    """The oracle: ``replicated``, one request at a time, each prompt in one chunk."""
+    engine = make_engine(modes=("replicated",), max_num_batched_tokens=32)
+    return {
+        name: tokens(run_requests(engine, {name: (prompt, greedy())}))[name]
+        for name, prompt in prompts().items()
+    }
+
+
+def run_greedy(engine):
+    return tokens(run_requests(engine, {n: (p, greedy()) for n, p in prompts().items()}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modes": ("replicated",)},
+        {"modes": ("cas",), "layer_loop": "unrolled"},
+        {"modes": ("was", "cas"), "policy_type": Alternating},
+        {"pool_size": 4, "resident_layers": 1, "modes": ("was", "cas"), "policy_type": Alternating},
+        {"pool_size": 1},
+    ],
+    ids=["replicated", "cas", "switching", "resident", "pool-of-one"],
+)
+def test_greedy_tokens_are_the_same_in_every_mode(greedy_tokens, changes):
+    engine = make_engine(**changes)
+    assert run_greedy(engine) == greedy_tokens
+    assert set(engine.stats.steps) == set(changes.get("modes", ("was",)))
+
+
+def test_chunked_prefill_and_many_at_once_change_nothing(was_engine, greedy_tokens):
+    assert run_greedy(was_engine) == greedy_tokens
+
+
+def test_preemption_changes_nothing(greedy_tokens):
+    engine = make_engine(num_kv_pages=12, pool_size=1)
+    assert run_greedy(engine) == greedy_tokens
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_nothing_compiles_after_warm_up(was_engine):
+    before = was_engine.compilations
+    mixed = {
+        "greedy": (prompts()["r0"], greedy()),
+        "random": (prompts()["r1"], SamplingParams(max_tokens=5)),
+        "full": (prompts()["r2"], SamplingParams(max_tokens=5, logprobs=3, presence_penalty=1)),
+    }
+    run_requests(was_engine, mixed)
+    run_requests(was_engine, mixed)
+    assert was_engine.compilations == before
+
+
+def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(was_engine):
+    params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=10, seed=7, ignore_eos=True)
+    prompt = prompts()["r3"]
+    alone = tokens(run_requests(was_engine, {"x": (prompt, params)}))["x"]
+    others = {n: (p, SamplingParams(max_tokens=9)) for n, p in prompts(seed=4).items()}
+    crowd = tokens(run_requests(was_engine, {**others, "y": (prompt, params)}))["y"]
+    assert alone == crowd
+    other_seed = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=10, seed=8, ignore_eos=True)
+    assert tokens(run_requests(was_engine, {"x": (prompt, other_seed)}))["x"] != alone
+
+
+def test_n_samples_differ_and_repeat(was_engine):
+    params = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=3, ignore_eos=True)
+    first, again = (
+        tokens(run_requests(was_engine, {"x": (prompts()["r1"], params)}))["x"] for _ in range(2)
+    )
+    assert first == again
+    assert len({tuple(sample) for sample in first}) == 3
+
+
+def test_stop_tokens_min_tokens_and_length(was_engine, greedy_tokens):
+    prompt, ((*whole,),) = prompts()["r0"], greedy_tokens["r0"]
+    stop = whole[4]
+    first = whole.index(stop)
+    run = lambda params: run_requests(was_engine, {"x": (prompt, params)})["x"].outputs[0]  # noqa: E731
+    stopped = run(greedy(stop_token_ids=(stop,)))
+    assert stopped.token_ids == whole[: first + 1]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    longer = run(greedy(stop_token_ids=(stop,), min_tokens=first + 2))
+    assert stop not in longer.token_ids[: first + 2]
+    assert longer.token_ids[:first] == whole[:first]
+    cut = run(greedy(max_tokens=3))
+    assert (cut.token_ids, cut.finish_reason, cut.stop_reason) == (whole[:3], "length", None)
+
+
+def test_the_models_end_token_ends_unless_ignored(greedy_tokens):
+    end = greedy_tokens["r0"][0][2]
+    engine = make_engine(config=small_config(5, eos_token_id=end))
+    once = SamplingParams(temperature=0, max_tokens=12)
+    output = run_requests(engine, {"x": (prompts()["r0"], once)})["x"].outputs[0]
+    assert output.token_ids == greedy_tokens["r0"][0][: greedy_tokens["r0"][0].index(end) + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", None)
+    on = run_requests(engine, {"x": (prompts()["r0"], greedy())})["x"].outputs[0]
+    assert on.token_ids == greedy_tokens["r0"][0]
+
+
+def test_logprobs(was_engine, greedy_tokens):
+    params = greedy(logprobs=3)
+    output = run_requests(was_engine, {"x": (prompts()["r2"], params)})["x"].outputs[0]
+    assert output.token_ids == greedy_tokens["r2"][0]
+    for token, entries in zip(output.token_ids, output.logprobs, strict=True):
+        assert len(entries) == 3
+        assert entries[token].rank == 1
+        values = [entry.logprob for entry in entries.values()]
+        assert values == sorted(values, reverse=True)
+        assert np.exp(values).sum() <= 1 + 1e-5
+    total = sum(e[t].logprob for t, e in zip(output.token_ids, output.logprobs, strict=True))
+    assert output.cumulative_logprob == pytest.approx(total)
+
+
+def test_repetition_penalty_survives_preemption():
+    params = greedy(repetition_penalty=1.5, frequency_penalty=0.5)
+    requests = {n: (p, params) for n, p in prompts().items()}
+    roomy = make_engine(pool_size=1)
+    tight = make_engine(num_kv_pages=12, pool_size=1)
+    expected = tokens(run_requests(roomy, requests))
+    assert tokens(run_requests(tight, requests)) == expected
+    assert tight.scheduler.num_preemptions > 0
+    assert expected != tokens(run_requests(roomy, {n: (p, greedy()) for n, p in prompts().items()}))
+
+
+def test_a_request_that_cannot_run_is_refused_and_others_go_on(was_engine, greedy_tokens):
+    bad = {
+        "no tokens": ([], greedy()),
+        r"48 tokens.*max_model_len=48": ([2] * 48, greedy()),
+        "prompt token 90 is not in the vocabulary": ([2, 90], greedy()),
+        "need a tokenizer": ([2], greedy(stop=["x"])),
+    }
+    was_engine.add_request("good", prompts()["r0"], greedy())
+    for message, (prompt, params) in bad.items():
+        with pytest.raises(RequestError, match=message):
+            was_engine.add_request("bad", prompt, params)
+    with pytest.raises(RequestError, match="'good' is already in use"):
+        was_engine.add_request("good", [2], greedy())
+    assert was_engine.num_unfinished == 1
+    assert tokens(run_requests(was_engine, {})) == {"good": greedy_tokens["r0"]}
+
+
+def test_abort_frees_everything(was_engine):
+    for name, prompt in prompts().items():
+        was_engine.add_request(name, prompt, greedy())
+    was_engine.step()
+    was_engine.step()
+    for name in prompts():
+        was_engine.abort(name)
+    was_engine.abort("unknown")
+    assert run_requests(was_engine, {}) == {}
+    assert was_engine.num_unfinished == 0
+
+
+def test_max_tokens_none_fills_the_model_length(was_engine):
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    output = run_requests(was_engine, {"x": ([2] * 40, params)})["x"].outputs[0]
+    assert len(output.token_ids) == 8
+    assert output.finish_reason == "length"
