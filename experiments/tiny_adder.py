@@ -1,15 +1,27 @@
-"""The task of the embedded model: sums of two numbers of one to four digits, as text and tokens.
+"""The task and the files of the embedded model: sums of two numbers of one to four digits.
 
 A problem is a pair of numbers, its prompt ``1234+567=``, its answer ``1801`` and the end token: one
 token per character, most significant digit first. One in 16 pairs, chosen by a hash that ignores
 the order of the two, is held out: it never enters the loss of ``train_tiny_adder.py``.
 """
 
+import json
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import tokenizers
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from safetensors.numpy import save_file
+
+from sidp_jax.models.config import ModelConfig
+from sidp_jax.models.hf import export_tensors
+
+Params = dict[str, Any]
+"""``layers``: the parameters of ``layer_spec``, stacked over layers; ``outer``: the others."""
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 VOCABULARY = (*SPECIAL_TOKENS, *"0123456789+=")
@@ -38,8 +50,10 @@ CARRY_ROWS = 0.25
 CARRY_DIGITS = 0.7
 
 
-def is_held_out(a: Int[Array | np.ndarray, "n"], b: Int[Array | np.ndarray, "n"]):
-    """Whether a pair is kept from training, as a bool array; a + b and b + a share their fate.
+def is_held_out(
+    a: Int[Array | np.ndarray, "n"], b: Int[Array | np.ndarray, "n"]
+) -> Bool[Array | np.ndarray, "n"]:
+    """Whether a pair is kept from training; a + b and b + a share their fate.
 
     The hash is the finalizer of MurmurHash3 over the ordered pair. Takes numpy and jax arrays.
     """
@@ -104,7 +118,7 @@ def held_out_problems(rng: np.random.Generator, count: int) -> np.ndarray:
 
     Args:
         rng: Source of the numbers.
-        count: Number of problems; the lengths (1, 1) and (1, 2) have fewer than an even share.
+        count: Number of problems; lengths with few problems, such as (1, 1), give what they have.
     """
     found: list[list[tuple[int, int]]] = []
     for lengths in np.ndindex(MAX_DIGITS, MAX_DIGITS):
@@ -138,6 +152,35 @@ def prompt_problems() -> np.ndarray:
     return held_out_problems(np.random.default_rng(PROMPTS_SEED), NUM_PROMPTS)
 
 
+def model_values(num_layers: int, hidden: int, head_dim: int, ffn: int) -> dict[str, Any]:
+    """The contents of ``config.json``: four query heads, two key and value heads."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.02,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "torch_dtype": "bfloat16",
+    }
+
+
 def make_tokenizer() -> tokenizers.Tokenizer:
     """One token per character and nothing added; what is not in the vocabulary is ``<unk>``."""
     model = tokenizers.models.BPE(
@@ -163,3 +206,32 @@ TOKENIZER_CONFIG = {
     # The last message is the prompt: the model knows sums and no conversations.
     "chat_template": "{{ messages[-1]['content'] }}",
 }
+
+
+def export(folder: Path, values: dict, params: Params) -> None:
+    """Writes the checkpoint, its tokenizer and the prompts to ``folder``, all in one level."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = ModelConfig.from_dict(values)
+    stored = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
+    layers = [
+        {name: stacked[i] for name, stacked in stored["layers"].items()}
+        for i in range(config.num_layers)
+    ]
+    save_file(
+        export_tensors(config, layers, stored["outer"]),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": False}
+    for name, contents in (
+        ("config.json", values),
+        ("generation_config.json", generation),
+        ("tokenizer_config.json", TOKENIZER_CONFIG),
+    ):
+        (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    rows = [
+        {"custom_id": f"sum-{i:03d}", "prompt": f"{a}+{b}=", "expected": str(a + b)}
+        for i, (a, b) in enumerate(prompt_problems().tolist())
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

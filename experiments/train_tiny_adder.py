@@ -10,7 +10,7 @@ alone (``tiny_adder.py`` has the task). Problems and initial weights follow from
 the trained weights do so up to the order of floating-point sums. Needs the extra ``train``::
 
     python experiments/train_tiny_adder.py --steps 5000 --batch 1024 [--max-seconds 300]
-    python experiments/train_tiny_adder.py --smoke --out /tmp/adder --results /tmp/training.json
+    python experiments/train_tiny_adder.py --smoke --out outputs/adder --results outputs/adder.json
 """
 
 import argparse
@@ -25,23 +25,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
-from safetensors.numpy import save_file
 from tiny_adder import (
-    BOS,
     EOS,
     MAX_DIGITS,
     PAD,
     PROMPTS_SEED,
-    TOKENIZER_CONFIG,
     VOCABULARY,
+    Params,
     carry_chain_problems,
+    export,
     held_out_problems,
     is_held_out,
-    make_tokenizer,
+    model_values,
     prompt_problems,
     sample_problems,
     to_tokens,
@@ -49,12 +47,9 @@ from tiny_adder import (
 
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import bind_layer, head_logits, layer_spec
-from sidp_jax.models.hf import EMBEDDING, FINAL_NORM, export_tensors, outer_shapes
+from sidp_jax.models.hf import EMBEDDING, FINAL_NORM, outer_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
-
-Params = dict[str, Any]
-"""``layers``: the parameters of ``layer_spec``, stacked over layers; ``outer``: the others."""
 
 
 @dataclass(frozen=True)
@@ -89,39 +84,6 @@ class TrainConfig:
         for name in ("steps", "batch", "log_every", "eval_every", "eval_prompts", "max_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-
-
-# --------------------------------------------------------------------------------------------------
-# The model
-
-
-def model_values(num_layers: int, hidden: int, head_dim: int, ffn: int) -> dict[str, Any]:
-    """The contents of ``config.json``: four query heads, two key and value heads."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.02,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-        "torch_dtype": "bfloat16",
-    }
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -187,10 +149,6 @@ def forward(
     return logits.reshape(rows, length, -1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training and evaluation
-
-
 def loss_of(
     config: ModelConfig, params: Params, a: Int[Array, "batch"], b: Int[Array, "batch"]
 ) -> Float[Array, ""]:
@@ -243,7 +201,7 @@ def next_tokens(
 
 
 def greedy_answers(
-    config: ModelConfig, params: Params, problems: np.ndarray, rows: int = 512
+    config: ModelConfig, params: Params, problems: np.ndarray, rows: int = 256
 ) -> list[str | None]:
     """Answers problems greedily, by recomputation and without a cache.
 
@@ -309,42 +267,9 @@ def run_training(config: ModelConfig, train: TrainConfig) -> Iterator[tuple[int,
                 return
 
 
-# --------------------------------------------------------------------------------------------------
-# Export
-
-
 def round_to_stored(params: Params) -> Params:
     """The parameters as float32 values of what the checkpoint stores, bfloat16."""
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
-
-
-def export(folder: Path, values: dict, params: Params) -> None:
-    """Writes the checkpoint, its tokenizer and the prompts to ``folder``, all in one level."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = ModelConfig.from_dict(values)
-    stored = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
-    layers = [
-        {name: stacked[i] for name, stacked in stored["layers"].items()}
-        for i in range(config.num_layers)
-    ]
-    save_file(
-        export_tensors(config, layers, stored["outer"]),
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": False}
-    for name, contents in (
-        ("config.json", values),
-        ("generation_config.json", generation),
-        ("tokenizer_config.json", TOKENIZER_CONFIG),
-    ):
-        (folder / name).write_text(json.dumps(contents, indent=2) + "\n")
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    rows = [
-        {"custom_id": f"sum-{i:03d}", "prompt": f"{a}+{b}=", "expected": str(a + b)}
-        for i, (a, b) in enumerate(prompt_problems().tolist())
-    ]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def report(

@@ -44,6 +44,10 @@ def update_kv(
     _check_shapes(k_pages, v_pages, k, v)
     if implementation == "reference":
         return update_kv_reference(k_pages, v_pages, k, v, layer, kv_slots)
+    if implementation == "mosaic":
+        from sidp_jax.kernels.kv_update_mosaic import update_kv_mosaic  # needs Mosaic GPU
+
+        return update_kv_mosaic(k_pages, v_pages, k, v, layer, kv_slots)
     raise ValueError(f"implementation={implementation!r} is unknown; use one of {IMPLEMENTATIONS}")
 
 

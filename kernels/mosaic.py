@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -43,3 +44,12 @@ def gpu_kernel(
             reduction_scratch_bytes=512,  # rows lie within four lanes: reductions need none
         ),
     )
+
+
+def in_place(x: jax.Array, *, interpret: bool) -> Any:
+    """A mutable array that starts as `x`, for a kernel to write into.
+
+    XLA gives it the memory of `x` if nothing else reads `x` later. The interpreter wants to know
+    the memory space, which the compiled path does not take.
+    """
+    return jax.new_ref(x, memory_space=plgpu.GMEM) if interpret else jax.new_ref(x)

@@ -46,10 +46,13 @@ def ragged_attention(
         ValueError: if shapes or types do not fit, or the implementation is unknown.
     """
     _check_shapes(q, k_pages, v_pages, block_tables, query_starts, context_lens)
+    args = (q, k_pages, v_pages, layer, block_tables, query_starts, context_lens)
     if implementation == "reference":
-        return ragged_attention_reference(
-            q, k_pages, v_pages, layer, block_tables, query_starts, context_lens, scale=scale
-        )
+        return ragged_attention_reference(*args, scale=scale)
+    if implementation == "mosaic":
+        from sidp_jax.kernels.ragged_attention_mosaic import ragged_attention_mosaic
+
+        return ragged_attention_mosaic(*args, scale=scale)
     raise ValueError(f"implementation={implementation!r} is unknown; use one of {IMPLEMENTATIONS}")
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sidp_jax.kernels.mosaic import gpu_kernel
+from sidp_jax.kernels.mosaic import gpu_kernel, in_place
 
 ROWS = 64  # rows of one wgmma
 LOG2E = math.log2(math.e)
@@ -64,6 +64,7 @@ class TuningConfig:
 
     @property
     def decode_workers(self) -> int:
+        """Pieces that the decode work is cut into."""
         return self.num_sms * self.decode_streams
 
 
@@ -171,18 +172,35 @@ def _copy_tile(k_ref, v_ref, tables_ref, k_smem, v_smem, k_barrier, v_barrier, w
         plgpu.copy_gmem_to_smem(source, v_smem.at[pl.ds(i * chunk, chunk)], v_barrier)
 
 
-def _matmul(a, b, shape):
+def _drain(step, stages: int, barriers, first=0):
+    """Wait until the consumers have let go of every slot of a ring that was filled `step` times."""
+    for i in range(stages):
+        for barrier in barriers:
+            pl.when(i < step)(
+                lambda i=i, barrier=barrier: plgpu.barrier_wait(barrier.at[first + i])
+            )
+
+
+def _scores(q, keys, block: int, started=lambda: None, *, interpret: bool):
+    """Multiply q @ keys.T; calls `started` once the product is on its way."""
+    if interpret:  # the interpreter's wgmma takes no operand in registers
+        started()
+        q = q if isinstance(q, jax.Array) else q[...]
+        return jnp.dot(q, keys[...].T, preferred_element_type=jnp.float32)
+
     def scope(acc_ref):
-        plgpu.wgmma(acc_ref, a, b)
+        plgpu.wgmma(acc_ref, q, keys.transpose((1, 0)))
+        started()
         return acc_ref[...]
 
-    return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(scope, plgpu.ACC((ROWS, block), jnp.float32))
 
 
-def _matmul_add(acc, a, b, *, interpret: bool):
-    if interpret:  # the interpreter has no accumulators with a start value
-        return acc + _matmul(a, b, acc.shape)
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b))(plgpu.ACC.init(acc))
+def _add_values(acc, weights, values, *, interpret: bool):
+    """Return acc + weights @ values."""
+    if interpret:
+        return acc + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
 
 
 def _full(shape, value: float, *, interpret: bool):
@@ -299,7 +317,9 @@ def _decode_kernel(
             lax.fori_loop(0, count, tile, None)
             return next_place, step + count
 
-        lax.while_loop(lambda c: c[0][0] < end, segment, (start_place, jnp.int32(0)))
+        carry = (start_place, jnp.int32(0))
+        _, step = lax.while_loop(lambda c: c[0][0] < end, segment, carry)
+        _drain(step, stages, (k_free, v_free), ring)
 
     @pl.when(thread < streams)
     def _consumer():
@@ -324,8 +344,7 @@ def _decode_kernel(
                 acc, peak, total = state
                 slot = lax.rem(step + i, jnp.int32(stages))
                 plgpu.barrier_wait(k_full.at[ring + slot])
-                keys = k_smem.at[stream, slot].transpose((1, 0))
-                qk = _matmul(q, keys, (ROWS, block))
+                qk = _scores(q, k_smem.at[stream, slot], block, interpret=interpret)
                 plgpu.barrier_arrive(k_free.at[ring + slot])
                 if masked:
                     position = (first + i) * block + _iota((ROWS, block), 1, interpret=interpret)
@@ -335,7 +354,7 @@ def _decode_kernel(
                 weights = weights.astype(q_ref.dtype)
                 plgpu.barrier_wait(v_full.at[ring + slot])
                 values = v_smem.at[stream, slot]
-                acc = _matmul_add(acc, weights, values, interpret=interpret)
+                acc = _add_values(acc, weights, values, interpret=interpret)
                 plgpu.barrier_arrive(v_free.at[ring + slot])
                 return acc, peak, total
 
@@ -389,7 +408,7 @@ def _merge_kernel(
     groups: int,
     interpret: bool,
 ):
-    """Merge the parts of the pair that the boundary before worker `cut + 1` cuts, if it is its first."""
+    """Merge the parts of the pair that a worker's start cuts, if no earlier start cuts it too."""
     plan = DecodePlan(*refs[:7])
     out_ref, part_smem, stat_smem, barrier = refs[7:]
     worker = lax.axis_index("block") + 1
@@ -542,7 +561,10 @@ def _prefill_kernel(
             lax.fori_loop(0, steps, tile, None)
             return round_ + 1, step + steps
 
-        lax.while_loop(lambda c: item_of(c[0]) < num_items, body, (jnp.int32(0), jnp.int32(0)))
+        carry = (jnp.int32(0), jnp.int32(0))
+        rounds, step = lax.while_loop(lambda c: item_of(c[0]) < num_items, body, carry)
+        _drain(step, stages, (k_free, v_free))
+        _drain(2 * rounds, 2, (q_free,))
 
     @pl.when(wg < 2)
     def _consumer():
@@ -566,12 +588,8 @@ def _prefill_kernel(
                 slot = lax.rem(step + i, jnp.int32(stages))
                 plgpu.barrier_wait(k_full.at[slot])
 
-                def scores(acc_ref):
-                    plgpu.wgmma(acc_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
-                    take_turn()
-                    return acc_ref[...]
-
-                qk = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
+                keys = k_smem.at[slot]
+                qk = _scores(q_smem.at[wg], keys, block, take_turn, interpret=interpret)
                 plgpu.barrier_arrive(k_free.at[slot])
                 if masked:
                     query = shift + _iota((ROWS, block), 0, interpret=interpret)
@@ -587,7 +605,7 @@ def _prefill_kernel(
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_wait(turn)
-                acc = _matmul_add(acc, rounded, v_smem.at[slot], interpret=interpret)
+                acc = _add_values(acc, rounded, v_smem.at[slot], interpret=interpret)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, peak, total
 
@@ -677,14 +695,14 @@ def ragged_attention_mosaic(
         jnp.asarray(layer, jnp.int32).reshape(1),
         block_tables.astype(jnp.int32),
     )
-    static = dict(
-        config=config,
-        kv_heads=kv_heads,
-        groups=groups,
-        num_pages=num_pages,
-        factor=scale * LOG2E,
-        interpret=bool(interpret),
-    )
+    static = {
+        "config": config,
+        "kv_heads": kv_heads,
+        "groups": groups,
+        "num_pages": num_pages,
+        "factor": scale * LOG2E,
+        "interpret": bool(interpret),
+    }
     query_starts = query_starts.astype(jnp.int32)
     context_lens = context_lens.astype(jnp.int32)
     rows = decode_plan(
@@ -695,7 +713,7 @@ def ragged_attention_mosaic(
         workers=config.decode_workers,
     )
     out, parts, stats = _call_decode(q, shared, rows, static, interpret)
-    out_ref = jax.new_ref(out)
+    out_ref = in_place(out, interpret=bool(interpret))
     _call_merge(out_ref, parts, stats, rows, static, interpret)
     tiles = prefill_plan(
         query_starts,
@@ -704,7 +722,7 @@ def ragged_attention_mosaic(
         block_q=2 * ROWS // (2 if groups % 2 == 0 else 1),
     )
     out = out_ref[...].reshape(padded, heads, head_dim)
-    out_ref = jax.new_ref(out)
+    out_ref = in_place(out, interpret=bool(interpret))
     _call_prefill(out_ref, q, shared, tiles, static, interpret)
     return out_ref[...][:tokens]
 

@@ -118,9 +118,14 @@ class BatchLayout:
 
 
 def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """The numbers of tokens that steps are padded to: powers of two from 16, then the most."""
-    powers = (2**i for i in range(4, max_num_batched_tokens.bit_length()))
-    return *(n for n in powers if n < max_num_batched_tokens), max_num_batched_tokens
+    """The numbers of tokens that steps are padded to: 16, 64, 256, then doubling, then the most.
+
+    Up to 256 tokens a GPU's matrix products take as long as their weights take to read, so padding
+    costs next to nothing there, and fewer shapes are fewer programs to compile.
+    """
+    doubling = (2**i for i in range(9, max_num_batched_tokens.bit_length()))
+    most = max_num_batched_tokens
+    return *(n for n in (16, 64, 256, *doubling) if n < most), most
 
 
 def unpack(
@@ -143,6 +148,32 @@ def unpack(
         return part if field.dtype == np.int32 else bitcast(part, field.dtype)
 
     return StepBatch(*(read(field) for field in layout.fields.values()))
+
+
+def widen(
+    buffer: Int32[Any, " size"],
+    layout: BatchLayout,
+    widest: BatchLayout,
+    pad: Callable[[Any, int, int], Any],
+    concatenate: Callable[[list[Any]], Any] = np.concatenate,
+) -> Int32[Any, " widest_size"]:
+    """The same batch in a layout with room for more tokens.
+
+    Args:
+        buffer: one replica's part, a numpy or a jax array.
+        layout: the layout it was built with.
+        widest: one that differs in ``tokens`` alone.
+        pad: ``pad(part, count, value)`` appends ``value`` ``count`` times.
+        concatenate: joins the parts again.
+    """
+    padding = {**_PADDING, "token_rows": layout.seqs}
+    parts = []
+    for name, field in layout.fields.items():
+        size = prod(field.shape)
+        part = buffer[field.offset : field.offset + size]
+        more = prod(widest.fields[name].shape) - size
+        parts.append(pad(part, more, padding.get(name, 0)) if more else part)
+    return concatenate(parts)
 
 
 def build_batch(

@@ -127,7 +127,7 @@ def _batch_layouts(
     return tuple(
         BatchLayout(
             tokens=tokens,
-            seqs=min(tokens, config.max_num_seqs),
+            seqs=config.max_num_seqs,
             pages=ceil(max_model_len / config.page_size),
             stop_ids=MAX_STOP_TOKEN_IDS + len(model.eos_token_ids),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
@@ -40,6 +40,7 @@ ORBAX_FOLDER = "orbax"
 
 AbstractParams = dict[str, jax.ShapeDtypeStruct]
 NamedArrays = Iterator[tuple[str, jax.Array]]
+ShardMaker = Callable[[hf.Index], np.ndarray | None]
 
 
 @runtime_checkable
@@ -171,32 +172,51 @@ def _collect(layers: Iterable[NamedArrays], target: LayerStack, axis: int) -> La
     if isinstance(target, tuple):
         return tuple(dict(layer) for layer in layers)
     stacks: LayerParams = {
-        name: _zeros(leaf.shape, leaf.dtype, leaf.sharding) for name, leaf in target.items()
+        name: _empty_stack(leaf.shape, _stack_dtype(leaf), leaf.sharding)
+        for name, leaf in target.items()
     }
     for index, layer in enumerate(layers):
         for name, array in layer:
             insert = _insert_into(axis, target[name].sharding)
             stacks[name] = insert(stacks[name], array, index).block_until_ready()
             del array  # before the next one is made, not after
-    return stacks
+    return {name: _reinterpret(stacks.pop(name), leaf.dtype) for name, leaf in target.items()}
+
+
+def _stack_dtype(leaf: jax.ShapeDtypeStruct) -> jnp.dtype:
+    """The type in which a stack is filled.
+
+    XLA on the CPU cannot write 16-bit floats into an array without going through all of it, since
+    it converts them to float32 and back. Integers it writes in place.
+    """
+    on_cpu = leaf.sharding.mesh.devices.flat[0].platform == "cpu"
+    return jnp.dtype(jnp.uint16) if on_cpu and leaf.dtype.itemsize == 2 else leaf.dtype
 
 
 @cache
 def _insert_into(axis: int, sharding: NamedSharding) -> jax.stages.Wrapped:
     def insert(stack: jax.Array, array: jax.Array, index: jax.Array) -> jax.Array:
-        if stack.dtype.itemsize != 2:
-            return jax.lax.dynamic_update_index_in_dim(stack, array, index, axis)
-        # XLA on the CPU moves 16-bit floats as float32, element by element; integers it copies.
-        bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (stack, array)]
-        updated = jax.lax.dynamic_update_index_in_dim(*bits, index, axis)
-        return jax.lax.bitcast_convert_type(updated, stack.dtype)
+        bits = jax.lax.bitcast_convert_type(array, stack.dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, bits, index, axis)
 
     return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 
 
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+def _empty_stack(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
     """Zeros made on the devices."""
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+
+
+def _reinterpret(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The same memory, on the CPU, as another type of the same size."""
+    if array.dtype == dtype:
+        return array
+    shards = [
+        # jax adopts memory that is aligned as it wants it, and this memory is its own.
+        jax.device_put(np.asarray(shard.data).view(dtype), shard.device)
+        for shard in array.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 class SafetensorsSource:
@@ -226,7 +246,7 @@ class SafetensorsSource:
                     return None
                 return self._layer_param(name, layer, leaf.shape[1:], leaf.dtype)[index[1:]][None]
 
-            yield name, _place(leaf, part)
+            yield name, self._place(leaf, part)
 
     def resident_layer(self, layer: int, leaves: AbstractParams) -> NamedArrays:
         """See ``Source``."""
@@ -235,7 +255,7 @@ class SafetensorsSource:
             def part(index: hf.Index, name: str = name, leaf=leaf) -> np.ndarray:
                 return self._layer_param(name, layer, leaf.shape, leaf.dtype)[index]
 
-            yield name, _place(leaf, part)
+            yield name, self._place(leaf, part)
 
     def outer(self, leaves: AbstractParams) -> NamedArrays:
         """See ``Source``."""
@@ -245,7 +265,12 @@ class SafetensorsSource:
             def part(index: hf.Index, slot: hf.TensorSlot = slot, leaf=leaf) -> np.ndarray:
                 return self._rows(slot, index, leaf)
 
-            yield name, _place(leaf, part)
+            yield name, self._place(leaf, part)
+
+    def _place(self, leaf: jax.ShapeDtypeStruct, part: ShardMaker) -> jax.Array:
+        array = _place(leaf, part)
+        self._last = None
+        return array
 
     def _layer_param(
         self, name: str, layer: int, shape: tuple[int, ...], dtype: np.dtype
@@ -270,7 +295,7 @@ class SafetensorsSource:
         return part
 
 
-def _place(leaf: jax.ShapeDtypeStruct, part) -> jax.Array:
+def _place(leaf: jax.ShapeDtypeStruct, part: ShardMaker) -> jax.Array:
     """An array whose shards are made one by one, each put on its device before the next but one.
 
     Args:

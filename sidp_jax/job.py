@@ -112,7 +112,7 @@ class Job:
         )
         if results.kept:
             logger.info(
-                "%s has %d of %d rows: going on", config.output, results.kept, survey.num_rows
+                "%s holds %d of %d rows already", config.output, results.kept, survey.num_rows
             )
         return cls(config, survey, results)
 

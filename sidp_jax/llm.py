@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from sidp_jax.config import EngineConfig
@@ -32,7 +33,7 @@ class LLM:
         >>> output.outputs[0].text
     """
 
-    def __init__(self, model: str, **keys: Any):
+    def __init__(self, model: str | Path, **keys: Any):
         self.config = EngineConfig.from_mapping({"model": str(model), **keys})
         check(self.config)
         start_jax(self.config)

@@ -30,7 +30,7 @@ class RunnerShapes:
     """The static sizes of a run.
 
     Attributes:
-        batches: Shapes of the batch, ascending: one program for each, per mode.
+        batches: Shapes of the batch, ascending in tokens: one program for each, per mode.
         max_num_seqs: Sequences of one replica; also its sampling slots.
         page_size: Tokens of a page of the KV cache.
         num_kv_pages: Pages of one replica.
@@ -66,7 +66,7 @@ class Runner:
     ):
         self.program, self.weights, self.modes, self.shapes = program, weights, modes, shapes
         self._forward: dict[tuple[str, BatchLayout], jax.stages.Compiled] = {}
-        self._sampler: dict[tuple[str, BatchLayout], jax.stages.Compiled] = {}
+        self._sampler: dict[str, jax.stages.Compiled] = {}
         self._new_state: jax.stages.Compiled | None = None
         self._kv: KVCache | None = None
         self._last_tokens: jax.Array | None = None
@@ -82,8 +82,8 @@ class Runner:
         )
         for mode, batch in product(self.modes, self.shapes.batches):
             self._forward[mode, batch] = self._compile_forward(mode, batch)
-        for variant, batch in product(VARIANTS, self.shapes.batches):
-            self._sampler[variant, batch] = self._compile_sampler(variant, batch)
+        for variant in VARIANTS:
+            self._sampler[variant] = self._compile_sampler(variant)
         self._new_state = (
             jax.jit(
                 lambda: jax.tree.map(
@@ -126,8 +126,8 @@ class Runner:
         if variant == "full" and self._state is None:
             self._state = self._new_state()
         state = self._state if variant == "full" else None
-        self._last_tokens, state, sampled = self._sampler[variant, batch](
-            forwarded.logits, forwarded.tokens, self._last_tokens, on_device, state
+        self._last_tokens, state, sampled = self._sampler[variant](
+            forwarded.logits, forwarded.buffer, self._last_tokens, state
         )
         if variant == "full":
             self._state = state
@@ -168,17 +168,17 @@ class Runner:
         )
         last_tokens = self._spec((self.shapes.max_num_seqs,), jnp.int32)
         buffer = self._spec((batch.size,), jnp.int32)
-        forward = self.program.forward(mode, batch, weights)
+        forward = self.program.forward(mode, batch, self.shapes.batches[-1], weights)
         return forward.lower(weights, self._kv_spec(), last_tokens, buffer).compile()
 
-    def _compile_sampler(self, variant: str, batch: BatchLayout) -> jax.stages.Compiled:
-        logits = self._spec((batch.seqs, self._vocab_rows()), jnp.float32)
-        tokens = self._spec((batch.tokens,), jnp.int32)
+    def _compile_sampler(self, variant: str) -> jax.stages.Compiled:
+        widest = self.shapes.batches[-1]
+        logits = self._spec((widest.seqs, self._vocab_rows()), jnp.float32)
+        buffer = self._spec((widest.size,), jnp.int32)
         last_tokens = self._spec((self.shapes.max_num_seqs,), jnp.int32)
-        buffer = self._spec((batch.size,), jnp.int32)
         state = self._state_spec() if variant == "full" else None
-        sampler = self.program.sampler(variant, batch)
-        return sampler.lower(logits, tokens, last_tokens, buffer, state).compile()
+        sampler = self.program.sampler(variant, widest)
+        return sampler.lower(logits, buffer, last_tokens, state).compile()
 
 
 def num_pages_that_fit(
@@ -223,6 +223,6 @@ def num_pages_that_fit(
         memory = probe._compile_forward(mode, batch).memory_analysis()
         used = max(used, memory.argument_size_in_bytes - page + memory.temp_size_in_bytes)
     # Logits of two steps, the sampler's workspace and its state live beside the forward program.
-    memory = probe._compile_sampler("full", batch).memory_analysis()
+    memory = probe._compile_sampler("full").memory_analysis()
     used += 2 * memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return max(0, (memory_bytes - used) // page)

@@ -216,7 +216,8 @@ def _noise(batch: StepBatch, count: int) -> Float[Array, "rows count"]:
         bits = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
     # In (0, 1), finest near 0, where the large values come from; 1 itself has no logarithm.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-uniform))
+    # Its two readers would each make it again.
+    return lax.optimization_barrier(-jnp.log(-jnp.log1p(-uniform)))
 
 
 def _group_mass(
@@ -307,16 +308,20 @@ def _top_p_threshold(
     vocab_size: int,
 ) -> Float[Array, "rows"]:
     """The largest threshold that keeps the share ``p`` of the mass of weights from ``floor`` on."""
-    kept = jnp.where(weights >= floor[:, None], weights, 0)
+
+    def kept(w: Float[Array, "rows tokens"]) -> Float[Array, "rows tokens"]:
+        return jnp.where(w >= floor[:, None], w, 0)
+
     # A first sum, rounded up, tells how many bits a weight may have in the second.
     exponent = SUM_BITS - (vocab_size - 1).bit_length()
-    coarse = jnp.where(kept > 0, (kept * 2.0**exponent).astype(jnp.int32) + 1, 0).sum(-1)
-    exponent = exponent + SUM_BITS - (32 - lax.clz(jnp.maximum(coarse, 1)))
+    coarse = (kept(weights) * 2.0**exponent).astype(jnp.int32) + (kept(weights) > 0)
+    sum_bits = 32 - lax.clz(coarse.sum(-1))
+    exponent = (exponent + SUM_BITS - sum_bits)[:, None]
 
     def fixed(w: Float[Array, "rows tokens"]) -> Int[Array, "rows tokens"]:
-        return _fixed_point(w, exponent[:, None])
+        return _fixed_point(kept(w), exponent)
 
-    target = p * fixed(kept).sum(-1).astype(jnp.float32)
+    target = p * fixed(weights).sum(-1).astype(jnp.float32)
     found = _largest_threshold(weights, fixed, lambda mass: mass.astype(jnp.float32) >= target)
     return jnp.clip(found, floor, 1)
 

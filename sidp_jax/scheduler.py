@@ -201,19 +201,12 @@ class Scheduler:
         A launched step may still write to those pages. That is safe: steps run in order, and
         whoever gets a page next writes each of its slots before reading it.
         """
-        assert sequence.finish_reason is None, f"finished twice: {sequence}"
-        sequence.finish_reason = reason
-        if sequence.slot is not None:
-            self._release(sequence)
-        else:  # preempted after the step that gave its last token was launched
-            self._waiting.remove((sequence.seq_id, sequence))
-            heapq.heapify(self._waiting)
+        self._end([sequence], reason)
 
     def abort(self, request_id: str) -> list[Sequence]:
         """Drop all sequences of a request, with finish reason "abort"; returns them."""
         dropped = [s for s in self._unfinished() if s.request_id == request_id]
-        for sequence in dropped:
-            self.finish(sequence, "abort")
+        self._end(dropped, "abort")
         return dropped
 
     # The policy, piece by piece
@@ -221,7 +214,7 @@ class Scheduler:
     def _plan_running(self, replica: Replica) -> Draft:
         """Go on with a replica's running sequences, oldest first."""
         work = [sequence.num_remaining for sequence in replica.running]
-        draft = Draft(replica, budget=self.config.max_num_batched_tokens - work.count(1))
+        draft = Draft(replica, budget=self._prefill_budget(num_decodes=work.count(1)))
         for sequence, remaining in zip(tuple(replica.running), work, strict=True):
             if sequence.slot is None:
                 break  # preempted for an older one, and so are all that are newer
@@ -232,6 +225,10 @@ class Scheduler:
             if remaining > 1:
                 draft.budget -= length
         return draft
+
+    def _prefill_budget(self, num_decodes: int) -> int:
+        """How much of a replica's token budget prefill may take: all that decode leaves."""
+        return self.config.max_num_batched_tokens - num_decodes
 
     def _make_room(self, draft: Draft, sequence: Sequence, length: int) -> bool:
         """Give a running sequence pages for `length` more tokens, taken from the newest if need be.
@@ -304,6 +301,20 @@ class Scheduler:
         sequence.pages = array("i")
         sequence.replica = sequence.slot = None
         sequence.num_computed = 0
+
+    def _end(self, sequences: list[Sequence], reason: str) -> None:
+        """Take sequences out of wherever they are, running or waiting."""
+        waiting = False
+        for sequence in sequences:
+            assert sequence.finish_reason is None, f"finished twice: {sequence}"
+            sequence.finish_reason = reason
+            if sequence.slot is None:
+                waiting = True
+            else:
+                self._release(sequence)
+        if waiting:
+            self._waiting = [entry for entry in self._waiting if entry[1].finish_reason is None]
+            heapq.heapify(self._waiting)
 
     # Invariants
 

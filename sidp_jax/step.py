@@ -2,7 +2,7 @@
 
 Both are one ``jax.shard_map`` over the whole mesh; nothing but token ids and log probabilities leaves
 the devices. They are two programs so that the sampler's variants do not multiply with
-the modes.
+the modes and the shapes of the batch: the sampler always sees the widest shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sidp_jax import sampling
-from sidp_jax.batch import BatchLayout, StepBatch, unpack
+from sidp_jax.batch import BatchLayout, StepBatch, unpack, widen
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
 from sidp_jax.kv_cache import KV_PARTITION, KVCache
@@ -65,12 +65,15 @@ class StepProgram:
         """The sharding of everything that has one entry per replica on its first axis."""
         return NamedSharding(self.mesh, _PER_REPLICA)
 
-    def forward(self, mode: str, batch_layout: BatchLayout, weights: Weights) -> jax.stages.Wrapped:
+    def forward(
+        self, mode: str, batch_layout: BatchLayout, widest: BatchLayout, weights: Weights
+    ) -> jax.stages.Wrapped:
         """The jitted forward program of one mode and batch shape.
 
         Args:
             mode: A key of ``RUN_LAYERS``.
             batch_layout: Shape of the batch.
+            widest: The shape that the sampler expects.
             weights: The weights' specification (``weights_spec``).
 
         Returns:
@@ -79,7 +82,7 @@ class StepProgram:
         """
         kv = KVCache(KV_PARTITION, KV_PARTITION)
         mapped = jax.shard_map(
-            partial(_forward, self, mode, batch_layout),
+            partial(_forward, self, mode, batch_layout, widest),
             mesh=self.mesh,
             in_specs=(partitions(weights), kv, _PER_REPLICA, _PER_REPLICA),
             out_specs=Forwarded(kv, _PER_REPLICA, _PER_REPLICA),
@@ -92,11 +95,11 @@ class StepProgram:
 
         Args:
             variant: ``greedy``, ``random`` or ``full``; see ``sampling.sample``.
-            batch_layout: Shape of the batch.
+            batch_layout: The widest shape of a batch.
 
         Returns:
-            ``sample(logits, tokens, last_tokens, buffer, state) -> (last_tokens, state, sampled)``,
-            with ``last_tokens`` and ``state`` donated; ``state`` is None unless ``full``.
+            ``sample(logits, buffer, last_tokens, state) -> (last_tokens, state, sampled)``, with
+            ``last_tokens`` and ``state`` donated; ``state`` is None unless ``full``.
         """
         mapped = jax.shard_map(
             partial(_sample, self, variant, batch_layout),
@@ -105,7 +108,7 @@ class StepProgram:
             out_specs=_PER_REPLICA,
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=(2, 4))
+        return jax.jit(mapped, donate_argnums=(2, 3))
 
 
 class Forwarded(NamedTuple):
@@ -114,12 +117,13 @@ class Forwarded(NamedTuple):
     Attributes:
         kv: The cache, updated in place.
         logits: Of each row's last token, float32 ``[pool, rows, padded vocabulary]``.
-        tokens: The tokens that were fed, int32 ``[pool, tokens]``.
+        buffer: The batch in its widest shape, with every token that was fed, int32
+            ``[pool, size]``.
     """
 
     kv: KVCache
-    logits: Float[Array, "..."] | PartitionSpec
-    tokens: Int[Array, "..."] | PartitionSpec
+    logits: jax.Array | PartitionSpec
+    buffer: jax.Array | PartitionSpec
 
 
 def _read(buffer: Int[Array, "1 size"], layout: BatchLayout) -> StepBatch:
@@ -130,6 +134,7 @@ def _forward(
     program: StepProgram,
     mode: str,
     batch_layout: BatchLayout,
+    widest: BatchLayout,
     weights: Weights,
     kv: KVCache,
     last_tokens: Int[Array, "1 slots"],
@@ -164,8 +169,29 @@ def _forward(
     mine = KVCache(kv.k[0], kv.v[0])
     x, mine = RUN_LAYERS[mode](context, weights, x, mine)
     with jax.named_scope("head"):
-        logits = _logits(program.config, weights, x[batch.logit_rows])
-    return Forwarded(KVCache(mine.k[None], mine.v[None]), logits[None], tokens[None])
+        # There are no more rows with a token than tokens; the others' logits stay zeros.
+        rows = batch.logit_rows[: batch_layout.tokens]
+        logits = _logits(program.config, weights, x[rows])
+        logits = jnp.pad(logits, ((0, batch_layout.seqs - rows.size), (0, 0)))
+    fed = _with_tokens(buffer[0], tokens, batch_layout, widest)
+    return Forwarded(KVCache(mine.k[None], mine.v[None]), logits[None], fed[None])
+
+
+def _with_tokens(
+    buffer: Int[Array, "size"],
+    tokens: Int[Array, "tokens"],
+    layout: BatchLayout,
+    widest: BatchLayout,
+) -> Int[Array, "widest_size"]:
+    """The batch with the tokens that were really fed, in its widest shape."""
+    known = jax.lax.dynamic_update_slice(buffer, tokens, (layout.fields["tokens"].offset,))
+    return widen(
+        known,
+        layout,
+        widest,
+        lambda part, count, value: jnp.pad(part, (0, count), constant_values=value),
+        jnp.concatenate,
+    )
 
 
 def _resolve_tokens(batch: StepBatch, last_tokens: Int[Array, "slots"]) -> Int[Array, "tokens"]:
@@ -199,15 +225,14 @@ def _sample(
     variant: str,
     batch_layout: BatchLayout,
     logits: Float[Array, "1 rows vocab"],
-    tokens: Int[Array, "1 tokens"],
-    last_tokens: Int[Array, "1 slots"],
     buffer: Int[Array, "1 size"],
+    last_tokens: Int[Array, "1 slots"],
     state: sampling.SamplerState | None,
 ):
     batch = _read(buffer, batch_layout)
     state = jax.tree.map(lambda array: array[0], state)
     if state is not None:
-        state = sampling.update_state(state, tokens[0], batch)
+        state = sampling.update_state(state, batch.tokens, batch)
     sampled = sampling.sample(
         logits[0], batch, variant=variant, vocab_size=program.config.vocab_size, state=state
     )

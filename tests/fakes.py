@@ -65,11 +65,9 @@ class FakeEngine:
         self.fail_at_step, self.step_seconds = fail_at_step, step_seconds
         self.tokenizer = tokenizer
         self.kv_tokens, self.compilations, self.mode = 4096, 0, "was"
-        self.stats = SimpleNamespace(
-            prompt_tokens=0, output_tokens=0, steps=Counter(), switches=[]
-        )
+        self.stats = SimpleNamespace(prompt_tokens=0, output_tokens=0, steps=Counter(), switches=[])
         self.most_unfinished = 0
-        self.seen: list[tuple[str, list[int], SamplingParams]] = []
+        self.seen: list[str] = []  # ids of all requests
         self._left: dict[str, int] = {}
         self._outputs: dict[str, RequestOutput] = {}
 
@@ -98,10 +96,8 @@ class FakeEngine:
                 f"{self.max_model_len}"
             )
         assert request_id not in self._left
-        self.seen.append((request_id, prompt_token_ids, params))
-        samples = [
-            self._sample(index, list(prompt_token_ids), params) for index in range(params.n)
-        ]
+        self.seen.append(request_id)
+        samples = [self._sample(index, list(prompt_token_ids), params) for index in range(params.n)]
         self._outputs[request_id] = RequestOutput(
             request_id, prompt, list(prompt_token_ids), samples, True
         )
@@ -206,9 +202,7 @@ def save_byte_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLA
         show_progress=False,
     )
     tokenizer.train_from_iterator(["hello world, the quick brown fox"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
     fast.chat_template = chat_template
     folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)

@@ -108,7 +108,7 @@ def make_engine(
     mesh = make_mesh(pool_size)
     shapes = RunnerShapes(
         batches=tuple(
-            BatchLayout(tokens, min(tokens, max_num_seqs), max_model_len // page_size, 17)
+            BatchLayout(tokens, max_num_seqs, max_model_len // page_size, 17)
             for tokens in token_buckets(max_num_batched_tokens)
         ),
         max_num_seqs=max_num_seqs,

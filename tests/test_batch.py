@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidp_jax.batch import NO_SLOT, BatchLayout, StepBatch, build_batch, token_buckets, unpack
+from sidp_jax.batch import NO_SLOT, BatchLayout, StepBatch, build_batch, token_buckets, unpack, widen
 from sidp_jax.request import SamplingParams, Sequence
 from sidp_jax.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
 
@@ -224,10 +224,23 @@ def test_what_does_not_fit_is_refused():
         (1, (1,)),
         (16, (16,)),
         (17, (16, 17)),
-        (32, (16, 32)),
-        (100, (16, 32, 64, 100)),
-        (512, (16, 32, 64, 128, 256, 512)),
+        (64, (16, 64)),
+        (100, (16, 64, 100)),
+        (2048, (16, 64, 256, 512, 1024, 2048)),
     ],
 )
 def test_token_buckets(most, buckets):
     assert token_buckets(most) == buckets
+
+
+def test_widen_adds_room_for_tokens_and_nothing_else():
+    narrow, wide = BatchLayout(4, 3, 2, 1), BatchLayout(9, 3, 2, 1)
+    rng = np.random.default_rng(0)
+    buffer = rng.integers(1, 99, narrow.size).astype(np.int32)
+    pad = lambda part, count, value: np.pad(part, (0, count), constant_values=value)  # noqa: E731
+    before, after = unpack(buffer, narrow), unpack(widen(buffer, narrow, wide, pad), wide)
+    empty = unpack(wide.empty(1)[0], wide)
+    for name, part in before._asdict().items():
+        got = getattr(after, name)
+        np.testing.assert_array_equal(got[: len(part)], part)
+        np.testing.assert_array_equal(got[len(part) :], getattr(empty, name)[len(part) :])

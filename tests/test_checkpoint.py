@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from sidp_jax import dummy_weights, safetensors_files
 from sidp_jax.checkpoint import CheckpointError, load_weights
 from sidp_jax.mesh import make_mesh
+from sidp_jax.models import hf
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
 from sidp_jax.pool import PoolLayout
@@ -119,11 +120,13 @@ def test_no_device_ever_holds_more_than_its_share_and_one_parameter(
 
 
 def device_bytes():
+    """Bytes of all arrays by device; what several arrays share is counted once."""
     sizes = {}
     for array in jax.live_arrays():
         for shard in array.addressable_shards:
-            sizes[shard.device] = sizes.get(shard.device, 0) + shard.data.nbytes
-    return sizes
+            buffer = shard.data.unsafe_buffer_pointer()
+            sizes.setdefault(shard.device, {})[buffer] = shard.data.nbytes
+    return {device: sum(buffers.values()) for device, buffers in sizes.items()}
 
 
 def test_weights_are_copies_of_the_files(tmp_path):
@@ -387,10 +390,10 @@ def test_dummy_weights_need_no_memory_besides_their_own():
 BIG = {
     **CONFIG,
     "vocab_size": 8192,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 16,
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "head_dim": 128,
 }
@@ -401,6 +404,7 @@ from pathlib import Path
 import jax, psutil
 from sidp_jax.checkpoint import load_weights
 from sidp_jax.mesh import make_mesh
+from sidp_jax.models import hf
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.pool import PoolLayout
 
@@ -420,27 +424,22 @@ print(peak - before - arrays, arrays, seconds)
 
 @pytest.fixture(scope="module")
 def big_checkpoint(tmp_path_factory):
-    """A checkpoint of more than 2 GB in bfloat16, in two shards."""
+    """A checkpoint of more than 2 GB in bfloat16, written without holding it in memory."""
     folder = tmp_path_factory.mktemp("big")
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0x3C00, 0x3F00, 1 << 20, np.uint16)
-    config = ModelConfig.from_dict(BIG)
-    tensors = random_tensors_like(config, noise)
-    write_checkpoint(folder, tensors, BIG, shards=2)
-    del tensors
+    (folder / "config.json").write_text(json.dumps(BIG))
+    header, end = {}, 0
+    for name, slot in hf.tensor_slots(ModelConfig.from_dict(BIG)).items():
+        start, end = end, end + 2 * int(np.prod(slot.shape))
+        header[name] = {"dtype": "BF16", "shape": slot.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    noise = np.random.default_rng(0).integers(0x3C00, 0x3F00, 1 << 22, np.uint16).tobytes()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for start in range(0, end, len(noise)):
+            stream.write(noise[: end - start])
     yield folder
     for file in folder.iterdir():
         file.unlink()
-
-
-def random_tensors_like(config, noise):
-    """Tensors that repeat ``noise``: 2 GB of random numbers would take the time of the test."""
-    from sidp_jax.models import hf
-
-    return {
-        name: np.resize(noise, slot.shape).view(ml_dtypes.bfloat16)
-        for name, slot in hf.tensor_slots(config).items()
-    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")

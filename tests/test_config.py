@@ -105,7 +105,11 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
         ("input", 7, r"input=7 must be a string or null; put it in quotes"),
         ("model", "", r"model='' must be not empty; set it to a folder"),
         ("model", None, r"model is not set; set it to a folder"),
-        ("max_num_batched_tokens", 8, r"max_num_batched_tokens=8 must be at least max_num_seqs=256"),
+        (
+            "max_num_batched_tokens",
+            8,
+            r"max_num_batched_tokens=8 must be at least max_num_seqs=256",
+        ),
         ("sampling", 3, r"sampling=3 must hold keys"),
         ("sampling.temperature", -1, r"sampling.temperature=-1.0 must be"),
         ("sampling.n", "x", r"sampling.n='x' must be an integer"),
@@ -172,5 +176,4 @@ def test_importing_host_modules_does_not_import_jax():
         f"import sys; from sidp_jax import {modules}, tokenizer; "
         "print(sorted({'jax', 'transformers', 'flax'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -40,7 +40,7 @@ def compile_forward(config, mode, layer_loop, resident_layers=0):
     per_replica = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
         (POOL, *shape), jnp.int32, sharding=program.per_replica()
     )
-    forward = program.forward(mode, BATCH, weights)
+    forward = program.forward(mode, BATCH, BATCH, weights)
     compiled = forward.lower(weights, kv, per_replica(SEQS), per_replica(BATCH.size)).compile()
     return compiled.memory_analysis()
 

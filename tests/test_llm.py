@@ -98,9 +98,7 @@ def test_stop_strings_and_stop_tokens(llm):
     assert (cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == ("stop", stop)
     assert cut.outputs[0].text == text[: text.index(stop)]
     stop_id = token_ids[3]
-    params = SamplingParams(
-        temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop_id]
-    )
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop_id])
     [cut] = llm.generate("stop", params)
     count = token_ids.index(stop_id) + 1
     assert cut.outputs[0].token_ids == token_ids[:count]
@@ -127,7 +125,7 @@ def test_chat(llm):
         ({"prompt_token_ids": []}, "no tokens"),
         ({"prompt_token_ids": [5] * 80}, "max_model_len=80"),
         ({"text": "a"}, "'prompt' and 'prompt_token_ids'"),
-        (5.0, "must be a string"),
+        ({"prompt": 5.0}, "must be a string"),
         ("\ud800", "Unicode"),
     ],
 )
@@ -179,5 +177,5 @@ def test_without_a_tokenizer_only_token_ids(llm, monkeypatch):
     assert (output.outputs[0].text, len(output.outputs[0].token_ids)) == ("", 8)
     with pytest.raises(RequestError, match="needs a tokenizer"):
         llm.generate("hello")
-    with pytest.raises(RequestError, match="needs a tokenizer"):
+    with pytest.raises(RequestError, match="stop strings need a tokenizer"):
         llm.generate([5], SamplingParams(stop="x"))

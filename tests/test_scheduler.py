@@ -178,7 +178,7 @@ def workloads(draw):
     return config, arrivals
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(workloads())
 def test_random_workloads_against_the_brute_force_device(workload):
     config = SchedulerConfig(**workload[0])

@@ -66,7 +66,7 @@ def test_a_model_that_is_not_supported(folder):
 
 
 def test_a_pool_larger_than_the_model(folder):
-    with pytest.raises(ConfigError, match="pool_size=9.*8 layers"):
+    with pytest.raises(ConfigError, match=r"pool_size=9.*8 layers"):
         check(config(folder, pool_size=9))
 
 

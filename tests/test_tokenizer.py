@@ -155,7 +155,7 @@ def test_a_space_at_the_beginning_is_kept(tmp_path):
 @pytest.mark.parametrize("seed", range(20))
 def test_random_tokens_against_a_search_of_the_whole_text(tokenizer, seed):
     rng = random.Random(seed)
-    alphabet = tokenizer.encode("abé🙂 hello") + [0, 1]
+    alphabet = [*tokenizer.encode("abé🙂 hello"), 0, 1]
     token_ids = [rng.choice(alphabet) for _ in range(60)]
     stop = tuple({"".join(rng.choices("abé🙂 ", k=rng.randint(1, 3))) for _ in range(3)})
     detokenizer = Detokenizer(tokenizer, [5], stop)

@@ -142,13 +142,13 @@ def test_every_sum_has_a_pair_to_learn_it_from():
 def test_held_out_problems_weigh_nothing_in_the_loss():
     config = ModelConfig.from_dict(train_tiny_adder.model_values(1, 16, 4, 16))
     params = train_tiny_adder.init_params(config, seed=0)
-    a, b = jnp.asarray(tiny_adder.held_out_problems(np.random.default_rng(5), 32)).T
+    a, b = jnp.asarray(tiny_adder.held_out_problems(np.random.default_rng(5), 33)).T
     loss = jax.jit(train_tiny_adder.loss_of, static_argnums=0)
     assert loss(config, params, a, b) == 0.0
-    seen = (jnp.append(a, 12), jnp.append(b, 35))
-    assert not tiny_adder.is_held_out(*seen)[-1]
-    alone = loss(config, params, jnp.full(33, 12), jnp.full(33, 35))
-    np.testing.assert_allclose(loss(config, params, *seen), alone, rtol=1e-5)
+    with_one_more = loss(config, params, a.at[7].set(12), b.at[7].set(35))
+    assert not tiny_adder.is_held_out(jnp.array([12]), jnp.array([35])).any()
+    alone = loss(config, params, jnp.full_like(a, 12), jnp.full_like(b, 35))
+    np.testing.assert_allclose(with_one_more, alone, rtol=1e-5)
 
 
 def test_causal_attention_against_loops():
@@ -186,6 +186,7 @@ def test_the_embedded_model_is_small_and_deep():
 
 def test_the_embedded_model_is_right_on_unseen_prompts():
     config, params = load_params(ASSET)
-    problems = tiny_adder.prompt_problems()[:256]
-    right, total = train_tiny_adder.accuracies(config, params, problems)["all"]
-    assert right >= 0.99 * total
+    problems = tiny_adder.prompt_problems()[:128]
+    answers = train_tiny_adder.greedy_answers(config, params, problems, rows=len(problems))
+    right = sum(answer == str(a + b) for answer, (a, b) in zip(answers, problems, strict=True))
+    assert right >= 0.99 * len(problems)

@@ -1,0 +1,385 @@
+"""Check and time the attention and cache kernels on one Hopper GPU, beside the machine's ceilings.
+
+    python experiments/bench_kernels.py --out results.json [--sweep] [--only decode,prefill]
+
+Inputs are random, several layers of the cache take turns (so that the L2 cache does not flatter),
+memory is filled with NaN before each check, and every shape is compared with the float32
+reference on a sample of its queries before it is timed. Prints figure, ceiling and ratio.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sidp_jax.kernels.kv_update import update_kv
+from sidp_jax.kernels.ragged_attention import ragged_attention_reference
+from sidp_jax.kernels.ragged_attention_mosaic import TuningConfig, ragged_attention_mosaic
+
+LAYERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A batch as (queries, context) of every row, decode rows first."""
+
+    name: str
+    rows: tuple[tuple[int, int], ...]
+    unit: str  # "TB/s", "TFLOP/s" or "ms"
+    page_size: int = 64
+    heads: int = 64
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def tokens(self) -> int:
+        """Queries of all rows."""
+        return sum(n for n, _ in self.rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V that attention must read once."""
+        return sum(c for _, c in self.rows) * self.kv_heads * self.head_dim * 4
+
+    @property
+    def flops(self) -> int:
+        """Operations of the two products over all visible (query, key) pairs."""
+        pairs = sum(n * c - n * (n - 1) // 2 for n, c in self.rows)
+        return pairs * 4 * self.heads * self.head_dim
+
+    def figure(self, seconds: float) -> float:
+        """The time as the case's unit."""
+        amount = {"TB/s": self.kv_bytes, "TFLOP/s": self.flops}.get(self.unit)
+        return seconds * 1e3 if amount is None else amount / seconds / 1e12
+
+
+def cases() -> list[Case]:
+    """The shapes of the issue's table, and the corners of what the kernels take."""
+    rng = np.random.default_rng(7)
+    ragged = tuple((1, int(c)) for c in rng.integers(128, 8193, size=256))
+    return [
+        Case("decode 256 x 2048", ((1, 2048),) * 256, "TB/s"),
+        Case("decode 64 x 8192", ((1, 8192),) * 64, "TB/s"),
+        Case("decode 16 x 32768", ((1, 32768),) * 16, "TB/s"),
+        Case("decode 256 ragged", ragged, "TB/s"),
+        Case("decode 1 x 4096", ((1, 4096),), "ms"),
+        Case("prefill 4 x 4096", ((4096, 4096),) * 4, "TFLOP/s"),
+        Case("prefill 16 x 1024", ((1024, 1024),) * 16, "TFLOP/s"),
+        Case("chunk 2048 on 16384", ((2048, 16384 + 2048),), "TFLOP/s"),
+        Case("mixed 256 ragged + 2048 on 2048", (*ragged, (2048, 4096)), "ms"),
+    ]
+
+
+def corner_cases() -> list[Case]:
+    """Small ragged batches over all page sizes, head sizes and head ratios; checked, not timed."""
+    rng = np.random.default_rng(11)
+    found = []
+    shapes = [(8, 8), (14, 2), (40, 8), (32, 8), (64, 4), (12, 2)]
+    for i, (heads, kv_heads) in enumerate(shapes):
+        for head_dim in (64, 128):
+            page_size = (16, 32, 64, 128)[(i + head_dim // 64) % 4]
+            decode = [(1, int(c)) for c in rng.integers(1, 900, size=5)]
+            lengths = [(int(n), int(n + p)) for n, p in rng.integers(2, 300, size=(4, 2))]
+            whole = [(int(n), int(n)) for n in rng.integers(2, 200, size=3)]
+            rows = tuple(decode + lengths + whole)
+            name = f"ragged {heads}/{kv_heads} x {head_dim}, page {page_size}"
+            found.append(Case(name, rows, "ms", page_size, heads, kv_heads, head_dim))
+    return found
+
+
+class Batch:
+    """Device arrays of a case; pages in random order, the table poisoned past the context."""
+
+    def __init__(self, case: Case, cache, seed: int, padding: int = 0):
+        rng = np.random.default_rng(seed)
+        self.case, (self.k_pages, self.v_pages) = case, cache
+        pages = [-(-c // case.page_size) for _, c in case.rows]
+        order = rng.permutation(self.k_pages.shape[2])
+        tables = np.full((len(pages) + bool(padding), max(pages)), 2**30, np.int32)
+        for r, n in enumerate(pages):
+            tables[r, :n], order = order[:n], order[n:]
+        lengths = [n for n, _ in case.rows] + [0] * bool(padding)
+        self.tables = jnp.asarray(tables)
+        self.starts = jnp.asarray(np.cumsum([0, *lengths]), jnp.int32)
+        self.context = jnp.asarray([c for _, c in case.rows] + [0] * bool(padding), jnp.int32)
+        self.tokens = case.tokens + padding
+        self.scale = case.head_dim**-0.5
+        shape = (self.tokens, case.heads, case.head_dim)
+        keys = jax.random.split(jax.random.key(seed), LAYERS)
+        self.q = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+
+    def args(self, layer: int):
+        """Arguments of `ragged_attention`."""
+        layer = jnp.int32(layer)
+        return (self.k_pages, self.v_pages, layer, self.tables, self.starts, self.context)
+
+    def sample_error(self, out, layer: int, count: int = 384) -> float:
+        """Relative error of a sample of queries against the float32 reference.
+
+        Each sampled query is a row of its own, whose context ends at its position.
+        """
+        rng = np.random.default_rng(layer)
+        rows = np.repeat(np.arange(len(self.case.rows)), [n for n, _ in self.case.rows])
+        token = np.sort(rng.permutation(self.case.tokens)[:count])
+        ends = np.asarray(self.starts)[rows[token] + 1]
+        visible = np.asarray(self.context)[rows[token]] - (ends - 1 - token)
+        tables = np.where(np.asarray(self.tables) == 2**30, 0, np.asarray(self.tables))
+        expected = jax.jit(ragged_attention_reference, static_argnames="scale")(
+            self.q[layer][token].astype(jnp.float32),
+            self.k_pages,
+            self.v_pages,
+            jnp.int32(layer),
+            jnp.asarray(tables[rows[token]]),
+            jnp.arange(len(token) + 1, dtype=jnp.int32),
+            jnp.asarray(visible, jnp.int32),
+            scale=self.scale,
+        )
+        return relative_error(out[token], expected)
+
+
+def relative_error(out, expected) -> float:
+    """Norm of the difference over the norm of what was expected; NaN counts as infinite."""
+    out, expected = (np.asarray(x, np.float64) for x in (out, expected))
+    error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def poison(gigabytes: float = 3.0) -> None:
+    """Leave NaN in the memory that the next outputs will get."""
+    block = jnp.full(int(gigabytes * 2**28), jnp.nan, jnp.float32)
+    jax.block_until_ready(block)
+    block.delete()
+
+
+def seconds_of(function, *args, repeats: int = 5, inner: int = 1) -> float:
+    """Median time of one call, after a warm-up; `inner` calls are queued before each wait."""
+    jax.block_until_ready(function(*args))
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        results = [function(*args) for _ in range(inner)]
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - start) / inner)
+        del results
+    return statistics.median(times)
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth (read and written) and bf16 GEMM rate of this machine, now."""
+    x = jax.random.normal(jax.random.key(0), (2**30,), jnp.bfloat16)
+    copy = seconds_of(jax.jit(jnp.copy), x, inner=4)
+    a, b = jax.random.normal(jax.random.key(1), (2, 8192, 8192), jnp.bfloat16)
+    gemm = seconds_of(jax.jit(jnp.dot), a, b, inner=8)
+    return {"TB/s": 2 * x.nbytes / copy / 1e12, "TFLOP/s": 2 * 8192**3 / gemm / 1e12}
+
+
+def time_attention(batch: Batch, attend, calls: int) -> float:
+    """Seconds of one call, of `calls` queued in one program over alternating layers."""
+
+    @jax.jit
+    def program(q, k_pages, v_pages, tables, starts, context):
+        return [
+            attend(q[i % LAYERS], k_pages, v_pages, i % LAYERS, tables, starts, context)
+            for i in range(calls)
+        ]
+
+    args = (batch.q, batch.k_pages, batch.v_pages, batch.tables, batch.starts, batch.context)
+    return seconds_of(program, *args) / calls
+
+
+def mosaic(batch: Batch, config: TuningConfig | None = None):
+    """`ragged_attention` by the kernels, with a tuning."""
+
+    def attend(q, *rest):
+        return ragged_attention_mosaic(q, *rest, scale=batch.scale, config=config)
+
+    return attend
+
+
+def cudnn_prefill(batch: Batch):
+    """The same whole prompts, unpaged, through cuDNN: seconds and relative error."""
+    case, (n, length) = batch.case, (len(batch.case.rows), batch.case.rows[0][1])
+    pages = jnp.asarray(batch.tables)
+    k, v = (
+        [
+            jnp.moveaxis(x[layer][:, pages], 0, 3).reshape(n, length, case.kv_heads, case.head_dim)
+            for layer in range(LAYERS)
+        ]
+        for x in (batch.k_pages, batch.v_pages)
+    )
+    q = [x.reshape(n, length, case.heads, case.head_dim) for x in batch.q]
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, scale=batch.scale, implementation="cudnn"
+        )
+
+    calls = 8
+    program = jax.jit(
+        lambda q, k, v: [attend(*(x[i % LAYERS] for x in (q, k, v))) for i in range(calls)]
+    )
+    out = jax.jit(attend)(q[1], k[1], v[1]).reshape(batch.q[1].shape)
+    return seconds_of(program, q, k, v) / calls, batch.sample_error(out, 1)
+
+
+def make_cache(case: Case, seed: int, tokens: int | None = None):
+    """Random K and V pages, a little more than the case needs."""
+    needed = sum(-(-c // case.page_size) for _, c in case.rows)
+    pages = max(needed + 8, -(-(tokens or 0) // case.page_size))
+    shape = (LAYERS, case.kv_heads, pages, case.page_size, case.head_dim)
+    make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
+    return tuple(make(key) for key in jax.random.split(jax.random.key(seed)))
+
+
+def check_corners(report: dict) -> None:
+    """Check small ragged batches, with padding tokens and a padding row."""
+    for i, case in enumerate(corner_cases()):
+        batch = Batch(case, make_cache(case, i), seed=i, padding=24)
+        poison(0.05)
+        out = jax.jit(mosaic(batch))(batch.q[1], *batch.args(1))
+        error = batch.sample_error(out, 1, count=case.tokens)
+        rest = float(jnp.max(jnp.abs(out[case.tokens :].astype(jnp.float32))))
+        good = error < 1e-2 and rest == 0.0
+        report["checks"].append({"case": case.name, "error": error, "padding": rest, "ok": good})
+        print(f"{'ok ' if good else 'BAD'} {case.name:34s} error {error:.2e} padding {rest}")
+
+
+def bench_attention(report: dict, only: tuple[str, ...], configs: dict) -> None:
+    """Check and time the table's shapes."""
+    cache = None
+    for case in cases():
+        if only and not any(case.name.startswith(word) for word in only):
+            continue
+        if cache is None:
+            cache = make_cache(cases()[3], 3, tokens=1_200_000)
+        batch = Batch(case, cache, seed=5)
+        ceiling = report["ceilings"].get(case.unit)
+        for name, config in configs.items():
+            poison()
+            out = jax.jit(mosaic(batch, config))(batch.q[1], *batch.args(1))
+            error = batch.sample_error(out, 1)
+            del out
+            calls = 16 if case.unit == "ms" and case.tokens < 100 else 8
+            seconds = time_attention(batch, mosaic(batch, config), calls)
+            row = {"case": case.name, "config": name, "error": error, "ms": seconds * 1e3}
+            row |= {"unit": case.unit, "figure": case.figure(seconds)}
+            row["ratio"] = row["figure"] / ceiling if ceiling else None
+            report["attention"].append(row)
+            print_row(row)
+        if case.name.startswith("prefill"):
+            seconds, error = cudnn_prefill(batch)
+            row = {"case": case.name, "config": "cuDNN, not paged", "error": error}
+            row |= {"ms": seconds * 1e3, "unit": case.unit, "figure": case.figure(seconds)}
+            row["ratio"] = row["figure"] / ceiling
+            report["attention"].append(row)
+            print_row(row)
+
+
+def print_row(row: dict) -> None:
+    """One line of the table."""
+    ratio = f"{row['ratio']:.2f} of ceiling" if row["ratio"] else ""
+    line = f"{row['case']:32s} {row['config']:22s} {row['figure']:8.3f} {row['unit']:8s}"
+    print(f"{line} {row['ms']:8.3f} ms  error {row['error']:.1e}  {ratio}", flush=True)
+
+
+def bench_update(report: dict) -> None:
+    """Check and time the KV update: rows of a decode batch and of a prefill batch."""
+    case = Case("cache", ((1, 300_000),), "ms")
+    for tokens in (16, 256, 2048, 8192):
+        for implementation in ("mosaic", "reference"):
+            k_pages, v_pages = make_cache(case, 1)
+            k, v = jax.random.normal(jax.random.key(2), (2, tokens, 8, 128), jnp.bfloat16)
+            slots = np.random.default_rng(3).permutation(300_000)[:tokens].astype(np.int32)
+            slots[::7] = -1
+            calls = 16
+
+            def program(k_pages, v_pages, k, v, slots, implementation=implementation, calls=calls):
+                for i in range(calls):
+                    k_pages, v_pages = update_kv(
+                        *(k_pages, v_pages, k, v, i % LAYERS, slots), implementation=implementation
+                    )
+                return k_pages, v_pages
+
+            program = jax.jit(program, donate_argnums=(0, 1))
+            before = np.asarray(k_pages[:, 0, :50])
+            k_pages, v_pages = jax.block_until_ready(program(k_pages, v_pages, k, v, slots))
+            kept = slots >= 0
+            flat = v_pages.reshape(LAYERS, 8, -1, 128)[1][:, slots[kept]]
+            good = bool(jnp.array_equal(jnp.swapaxes(flat, 0, 1), v[kept]))
+            untouched = ~np.isin(np.arange(50 * 64), slots)
+            after = np.asarray(k_pages[:, 0, :50]).reshape(LAYERS, -1, 128)[:, untouched]
+            good &= bool((after == before.reshape(LAYERS, -1, 128)[:, untouched]).all())
+            times = []
+            for _ in range(7):
+                start = time.perf_counter()
+                for _ in range(4):
+                    k_pages, v_pages = program(k_pages, v_pages, k, v, slots)
+                jax.block_until_ready((k_pages, v_pages))
+                times.append((time.perf_counter() - start) / (4 * calls))
+            row = {"tokens": tokens, "implementation": implementation, "ok": good}
+            row["us"] = statistics.median(times) * 1e6
+            report["kv_update"].append(row)
+            print("kv_update", row, flush=True)
+
+
+def sweep() -> dict[str, TuningConfig]:
+    """Tunings to compare."""
+    return {
+        "2 streams, 64 x 3; 128 x 2": TuningConfig(),
+        "1 stream, 128 x 3; 64 x 4": TuningConfig(
+            decode_streams=1,
+            decode_block_kv=128,
+            decode_stages=3,
+            prefill_block_kv=64,
+            prefill_stages=4,
+        ),
+        "1 stream, 64 x 6": TuningConfig(decode_streams=1, decode_stages=6),
+    }
+
+
+def main() -> None:
+    """Run what was asked for and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="", help="beginnings of case names, or 'corners', 'kv'")
+    parser.add_argument("--sweep", action="store_true")
+    args = parser.parse_args()
+    only = tuple(word for word in args.only.split(",") if word)
+    device = jax.devices()[0]
+    report = {
+        "machine": f"{device.device_kind}",
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "ceilings": ceilings(),
+        "checks": [],
+        "attention": [],
+        "kv_update": [],
+    }
+    smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
+    report["nvidia_smi"] = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
+    print(json.dumps(report["ceilings"]), report["nvidia_smi"], flush=True)
+    try:
+        if not only or "corners" in only:
+            check_corners(report)
+        bench_attention(report, only, sweep() if args.sweep else {"default": TuningConfig()})
+        if not only or "kv" in only:
+            bench_update(report)
+    finally:
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
