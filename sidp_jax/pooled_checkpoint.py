@@ -8,6 +8,7 @@ nor restoring a pooled layer reshapes anything on a device.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -71,14 +72,16 @@ class OrbaxSource:
         self._folder = folder.absolute()
         self._checkpointer = _checkpointer()
         try:
-            tree = self._checkpointer.metadata(self._folder).item_metadata.tree
-            _check_arrays(folder, config, flatten_dict(tree, sep="/"))
-        except CheckpointError:
+            metadata = self._checkpointer.metadata(self._folder).item_metadata
+            if metadata is None:  # as orbax answers if it can read none of it
+                raise CheckpointError(
+                    f"{folder} is damaged or incomplete: its _METADATA or manifest.ocdbt cannot be "
+                    f"read; convert the model again"
+                )
+            _check_arrays(folder, config, flatten_dict(metadata.tree, sep="/"))
+        except BaseException:
             self._checkpointer.close()
             raise
-        except Exception as error:  # orbax raises whatever the damaged part makes it raise
-            self._checkpointer.close()
-            raise CheckpointError(f"{folder} is no complete Orbax checkpoint: {error!r}") from error
 
     def __enter__(self) -> OrbaxSource:
         return self
@@ -144,9 +147,17 @@ class OrbaxSource:
         )
         try:
             restored = self._checkpointer.restore(self._folder, request)
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{self._folder} is damaged: {error}") from error
+        except Exception as error:  # orbax raises just this where tensorstore fails
+            raise CheckpointError(_describe(self._folder, error)) from error
         return flatten_dict(restored, sep="/")
+
+
+def _describe(folder: Path, error: Exception) -> str:
+    """One line that names the array, out of the page that orbax writes."""
+    array = re.search(r"'path': '([^'/]+)/'", str(error))
+    reason = str(error.__cause__ or error).partition("\n")[0]
+    name = f"array {array[1]!r}" if array else "an array"
+    return f"{folder} is damaged: {name} cannot be read ({reason:.300}); convert the model again"
 
 
 def _path(name: str, layer: int | None = None) -> str:

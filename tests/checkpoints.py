@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -90,6 +91,16 @@ def assert_same_tensors(got: dict[str, np.ndarray], want: dict[str, np.ndarray])
     for name, value in want.items():
         assert got[name].dtype == value.dtype, name
         np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def device_bytes() -> dict[jax.Device, int]:
+    """Bytes of all arrays by device; what several arrays share is counted once."""
+    sizes = {}
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            buffer = shard.data.unsafe_buffer_pointer()
+            sizes.setdefault(shard.device, {})[buffer] = shard.data.nbytes
+    return {device: sum(buffers.values()) for device, buffers in sizes.items()}
 
 
 def _host(params) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from checkpoints import (
     GOLDEN,
     LAYOUTS,
     assert_same_tensors,
+    device_bytes,
     exported,
     layer_params,
     outer_params,
@@ -117,16 +118,6 @@ def test_no_device_ever_holds_more_than_its_share_and_one_parameter(
     largest = max(int(np.prod(spec.shape)) * 4 for spec in layer_spec(MODEL).values())
     for device, peak in peaks.items():
         assert peak <= share[device] + largest
-
-
-def device_bytes():
-    """Bytes of all arrays by device; what several arrays share is counted once."""
-    sizes = {}
-    for array in jax.live_arrays():
-        for shard in array.addressable_shards:
-            buffer = shard.data.unsafe_buffer_pointer()
-            sizes.setdefault(shard.device, {})[buffer] = shard.data.nbytes
-    return {device: sum(buffers.values()) for device, buffers in sizes.items()}
 
 
 def test_weights_are_copies_of_the_files(tmp_path):
