@@ -26,6 +26,7 @@ from sidp_jax.kernels.ragged_attention import ragged_attention_reference
 from sidp_jax.kernels.ragged_attention_mosaic import TuningConfig, ragged_attention_mosaic
 
 LAYERS = 2
+CALLS = 8  # of one timed program, each with its own queries: equal calls would be merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Batch:
         self.tokens = case.tokens + padding
         self.scale = case.head_dim**-0.5
         shape = (self.tokens, case.heads, case.head_dim)
-        keys = jax.random.split(jax.random.key(seed), LAYERS)
+        keys = jax.random.split(jax.random.key(seed), CALLS)
         self.q = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
 
     def args(self, layer: int):
@@ -183,18 +184,18 @@ def ceilings() -> dict[str, float]:
     return {"TB/s": 2 * x.nbytes / copy / 1e12, "TFLOP/s": 2 * 8192**3 / gemm / 1e12}
 
 
-def time_attention(batch: Batch, attend, calls: int) -> float:
-    """Seconds of one call, of `calls` queued in one program over alternating layers."""
+def time_attention(batch: Batch, attend) -> float:
+    """Seconds of one call, of `CALLS` queued in one program over alternating layers."""
 
     @jax.jit
     def program(q, k_pages, v_pages, tables, starts, context):
         return [
-            attend(q[i % LAYERS], k_pages, v_pages, i % LAYERS, tables, starts, context)
-            for i in range(calls)
+            attend(q[i], k_pages, v_pages, i % LAYERS, tables, starts, context)
+            for i in range(CALLS)
         ]
 
     args = (batch.q, batch.k_pages, batch.v_pages, batch.tables, batch.starts, batch.context)
-    return seconds_of(program, *args) / calls
+    return seconds_of(program, *args) / CALLS
 
 
 def mosaic(batch: Batch, config: TuningConfig | None = None):
@@ -224,12 +225,11 @@ def cudnn_prefill(batch: Batch):
             q, k, v, is_causal=True, scale=batch.scale, implementation="cudnn"
         )
 
-    calls = 8
     program = jax.jit(
-        lambda q, k, v: [attend(*(x[i % LAYERS] for x in (q, k, v))) for i in range(calls)]
+        lambda q, k, v: [attend(q[i], k[i % LAYERS], v[i % LAYERS]) for i in range(CALLS)]
     )
     out = jax.jit(attend)(q[1], k[1], v[1]).reshape(batch.q[1].shape)
-    return seconds_of(program, q, k, v) / calls, batch.sample_error(out, 1)
+    return seconds_of(program, q, k, v) / CALLS, batch.sample_error(out, 1)
 
 
 def make_cache(case: Case, seed: int, tokens: int | None = None):
@@ -269,8 +269,7 @@ def bench_attention(report: dict, only: tuple[str, ...], configs: dict) -> None:
             out = jax.jit(mosaic(batch, config))(batch.q[1], *batch.args(1))
             error = batch.sample_error(out, 1)
             del out
-            calls = 16 if case.unit == "ms" and case.tokens < 100 else 8
-            seconds = time_attention(batch, mosaic(batch, config), calls)
+            seconds = time_attention(batch, mosaic(batch, config))
             row = {"case": case.name, "config": name, "error": error, "ms": seconds * 1e3}
             row |= {"unit": case.unit, "figure": case.figure(seconds)}
             row["ratio"] = row["figure"] / ceiling if ceiling else None

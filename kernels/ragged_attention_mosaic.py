@@ -526,13 +526,17 @@ def _prefill_kernel(
         layer_base = layer_ref[0] * (kv_heads * num_pages)
 
         def body(carry):
-            round_, step = carry
+            round_, step, loads = carry
             d, head, first_head, token, _, _, context, steps = describe(item_of(round_))
-            for i in range(2):
-                pl.when(round_ > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
-                first, q_head = place_of(first_head, token, i)
-                source = q_ref.at[pl.ds(first, ROWS), q_head]
-                plgpu.copy_gmem_to_smem(source, q_smem.at[i], q_full.at[i])
+
+            @pl.when(steps > 0)
+            def _load_queries():
+                for i in range(2):
+                    pl.when(loads > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
+                    first, q_head = place_of(first_head, token, i)
+                    source = q_ref.at[pl.ds(first, ROWS), q_head]
+                    plgpu.copy_gmem_to_smem(source, q_smem.at[i], q_full.at[i])
+
             row = plan.row[d]
             last_page = jnp.maximum(_cdiv(context, page_size) - 1, 0)
             base = layer_base + head * num_pages
@@ -559,12 +563,12 @@ def _prefill_kernel(
                 )
 
             lax.fori_loop(0, steps, tile, None)
-            return round_ + 1, step + steps
+            return round_ + 1, step + steps, loads + (steps > 0).astype(jnp.int32)
 
-        carry = (jnp.int32(0), jnp.int32(0))
-        rounds, step = lax.while_loop(lambda c: item_of(c[0]) < num_items, body, carry)
+        carry = (jnp.int32(0),) * 3
+        _, step, loads = lax.while_loop(lambda c: item_of(c[0]) < num_items, body, carry)
         _drain(step, stages, (k_free, v_free))
-        _drain(2 * rounds, 2, (q_free,))
+        _drain(2 * loads, 2, (q_free,))
 
     @pl.when(wg < 2)
     def _consumer():
@@ -581,7 +585,7 @@ def _prefill_kernel(
             _, _, first_head, token, start, end, context, steps = describe(item_of(round_))
             token, q_head = place_of(first_head, token, wg)
             shift = context - end + token  # position of the first row's query
-            plgpu.barrier_wait(q_full.at[wg])
+            pl.when(steps > 0)(lambda: plgpu.barrier_wait(q_full.at[wg]))
 
             def tile(i, state, masked: bool):
                 acc, peak, total = state
@@ -591,6 +595,9 @@ def _prefill_kernel(
                 keys = k_smem.at[slot]
                 qk = _scores(q_smem.at[wg], keys, block, take_turn, interpret=interpret)
                 plgpu.barrier_arrive(k_free.at[slot])
+                # Not after the loop: the other warpgroup, which this one waits for below, may need
+                # the next item's tiles first, and the producer sends the queries before them.
+                pl.when(i == steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 if masked:
                     query = shift + _iota((ROWS, block), 0, interpret=interpret)
                     key = i * block + _iota((ROWS, block), 1, interpret=interpret)
@@ -614,7 +621,6 @@ def _prefill_kernel(
             state = lax.fori_loop(0, whole, functools.partial(tile, masked=False), state)
             state = lax.fori_loop(whole, steps, functools.partial(tile, masked=True), state)
             acc, _, total = state
-            plgpu.barrier_arrive(q_free.at[wg])
             total = jnp.where(total == 0.0, 1.0, total)
             acc = acc * _over_keys(1.0 / total, acc.shape)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from math import ceil, prod
@@ -86,6 +87,9 @@ def build_engine(config: EngineConfig) -> Engine:
         tokenizer=load_tokenizer(config.model_path),
     )
     _log_sizes(engine, weights)
+    # What is here now stays: the collector need not look at it again in the middle of a step.
+    gc.collect()
+    gc.freeze()
     return engine
 
 

@@ -290,8 +290,8 @@ class SafetensorsSource:
         first, stop, _ = index[0].indices(leaf.shape[0])
         part = np.zeros((stop - first, *leaf.shape[1:]), leaf.dtype)
         inside = part[: max(0, slot.shape[0] - first)]
-        row_size = part[0].size
-        self._reader.read(self._tensors[slot.name], inside, first * row_size)
+        if inside.size:
+            self._reader.read(self._tensors[slot.name], inside, first * part[0].size)
         return part
 
 

@@ -56,7 +56,7 @@ class _Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     outputs: list[CompletionOutput] = field(default_factory=list)
-    unfinished: int = 0
+    unfinished: set[int] = field(default_factory=set)  # sequence numbers
 
 
 @dataclass
@@ -136,6 +136,11 @@ class Engine:
         return self.runner.program.layout.pool_size * self.runner.shapes.max_num_seqs
 
     @property
+    def compilations(self) -> int:
+        """XLA compilations of this process until now."""
+        return compilations()
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that are waiting or running."""
         return len(self._requests)
@@ -163,7 +168,9 @@ class Engine:
         Raises:
             RequestError: The request can never run; no other request is affected.
         """
-        self._check(request_id, prompt_token_ids, params)
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is already in use by a running request")
+        self.check_request(prompt_token_ids, params)
         request = _Request(request_id, prompt, list(prompt_token_ids), params)
         room = self.max_model_len - len(prompt_token_ids)
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
@@ -187,8 +194,32 @@ class Engine:
                 detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, params.stop)
             self._samples[sequence.seq_id] = _Sample(sequence, request, output, detokenizer)
             request.outputs.append(output)
-            request.unfinished += 1
+            request.unfinished.add(sequence.seq_id)
         self._requests[request_id] = request
+
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises what ``add_request`` would, without queueing anything.
+
+        Args:
+            prompt_token_ids: The prompt.
+            params: How to sample, and when to stop.
+
+        Raises:
+            RequestError: The request can never run.
+        """
+        vocab, length = self.model_config.vocab_size, len(prompt_token_ids)
+        if not prompt_token_ids:
+            raise RequestError("the prompt has no tokens; it needs at least one")
+        if length >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {length} tokens, which leaves no room for output within "
+                f"max_model_len={self.max_model_len}; shorten it or raise max_model_len"
+            )
+        outside = next((token for token in prompt_token_ids if not 0 <= token < vocab), None)
+        if outside is not None:
+            raise RequestError(f"prompt token {outside} is not in the vocabulary of {vocab} tokens")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the model folder has none")
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ones are ignored."""
@@ -217,23 +248,6 @@ class Engine:
         self._in_flight = launched
         return finished
 
-    def _check(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
-        vocab = self.model_config.vocab_size
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is already in use by a running request")
-        if not prompt:
-            raise RequestError("the prompt has no tokens; it needs at least one")
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room for output within "
-                f"max_model_len={self.max_model_len}; shorten it or raise max_model_len"
-            )
-        outside = next((token for token in prompt if not 0 <= token < vocab), None)
-        if outside is not None:
-            raise RequestError(f"prompt token {outside} is not in the vocabulary of {vocab} tokens")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the model folder has none")
-
     def _launch(self, plan: StepPlan) -> _Launched:
         batch = next(shape for shape in self.runner.shapes.batches if shape.tokens >= plan.max_tokens)
         self._decision, switch = self.policy.decide(self._decision, batch.tokens)
@@ -258,8 +272,8 @@ class Engine:
                 self._accept(sample, sampled, replica, row)
                 if sample.sequence.finish_reason is not None:
                     del self._samples[chunk.sequence.seq_id]
-                    sample.request.unfinished -= 1
-                    if sample.request.unfinished == 0:
+                    sample.request.unfinished.remove(chunk.sequence.seq_id)
+                    if not sample.request.unfinished:
                         finished.append(self._output(sample.request))
         return finished
 
@@ -300,8 +314,7 @@ class Engine:
         """Appends the sampled token's log probability and those of the most probable tokens."""
 
         def entry(token: int, logprob: float, rank: int) -> Logprob:
-            text = None if self.tokenizer is None else self.tokenizer.decode([token])
-            return Logprob(logprob, rank, text)
+            return Logprob(logprob, rank, self._token_text(token))
 
         logprob = sampled.logprob[replica, row].item()
         entries = {token: entry(token, logprob, sampled.rank[replica, row].item())}
@@ -313,6 +326,11 @@ class Engine:
         output.logprobs.append(entries)
         output.cumulative_logprob += logprob
 
+    def _token_text(self, token: int) -> str | None:
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
     def _output(self, request: _Request) -> RequestOutput:
         del self._requests[request.request_id]
         self.stats.prompt_tokens += len(request.prompt_token_ids)
@@ -323,8 +341,3 @@ class Engine:
             outputs=request.outputs,
             finished=True,
         )
-
-    @property
-    def compilations(self) -> int:
-        """XLA compilations of this process until now."""
-        return compilations()

@@ -123,6 +123,8 @@ class LLM:
         report: bool,
     ) -> list[RequestOutput]:
         params = self._params_for_each(sampling_params, len(encoded))
+        for (_, token_ids), choice in zip(encoded, params, strict=True):
+            self.engine.check_request(token_ids, choice)
         ids = [str(next(self._ids)) for _ in encoded]
         outputs: dict[str, RequestOutput] = {}
         try:

@@ -351,7 +351,7 @@ def _largest_threshold(
         )
         return bits | (sum(enough(s).astype(jnp.int32) for s in sums) << shift)
 
-    bits = jnp.zeros(weights.shape[0], jnp.int32)
+    bits = jnp.zeros_like(weights[:, 0], jnp.int32)
     bits = lax.fori_loop(0, WEIGHT_BITS // DIGIT_BITS, find_digit, bits)
     return lax.bitcast_convert_type(bits, jnp.float32)
 

@@ -95,6 +95,16 @@ def test_padding_of_vocabulary_and_last_row_is_zero(checkpoint, layer_loop):
         assert not np.asarray(array)[1:].any()
 
 
+def test_shards_that_hold_nothing_but_padding(tmp_path):
+    values = {**CONFIG, "vocab_size": 9}
+    config = ModelConfig.from_dict(values)
+    tensors = random_tensors(config)
+    layout, weights = load(write_checkpoint(tmp_path, tensors, values), config, place=(4, 2, 0))
+    assert weights.head.shape[0] == 16
+    assert not np.asarray(weights.head)[9:].any()
+    assert_same_tensors(exported(weights, layout, config), tensors)
+
+
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
 @pytest.mark.parametrize("place", [(3, 1, 0), (2, 2, 1)])
 def test_no_device_ever_holds_more_than_its_share_and_one_parameter(

@@ -123,11 +123,12 @@ def test_live_against_transformers(tmp_path, family):
     make_golden = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_golden)
 
-    seed = np.random.SeedSequence().entropy % 2**32
-    theirs = make_golden.make_model(tmp_path, make_golden.FAMILIES[family], seed)
+    for seed in range(1000, 1100):  # other seeds than those of the golden files
+        theirs = make_golden.make_model(tmp_path, make_golden.FAMILIES[family], seed)
+        tokens = np.random.default_rng(seed).integers(0, 199, 60).tolist()
+        continuation = make_golden.greedy(theirs, tokens[:9], 16)
+        if continuation is not None:  # none of its choices is too close to call
+            break
     ours = Dense(tmp_path)
-    tokens = np.random.default_rng(seed).integers(0, ours.config.vocab_size, 60).tolist()
     assert_close(ours.logits(tokens), make_golden.logits_of(theirs, tokens))
-    continuation = make_golden.greedy(theirs, tokens[:9], 16)
-    if continuation is not None:  # no choice among them was too close to call
-        assert ours.greedy(tokens[:9], 16) == continuation
+    assert ours.greedy(tokens[:9], 16) == continuation

@@ -1,0 +1,128 @@
+"""Run each kernel once against its reference before anybody trusts its tokens.
+
+Compilers have miscompiled such kernels (`ptxas` of CUDA 12.8.0 to 12.9.1 and causal masks), and a
+wrong token looks like any other. The check takes milliseconds once the kernels are compiled.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sidp_jax.kernels.kv_update import update_kv
+from sidp_jax.kernels.ragged_attention import ragged_attention
+
+TOLERANCE = 1e-2  # relative, in bfloat16; sound kernels stay near 2e-3
+ROWS = ((1, 1), (1, 130), (1, 515), (9, 200), (70, 70), (131, 300))  # (queries, context)
+PADDING = 13  # tokens after the last row
+
+
+class KernelError(RuntimeError):
+    """A kernel is not available here, or its results differ from the reference."""
+
+
+def require_hopper(device: jax.Device) -> None:
+    """Raise KernelError unless `device` runs the Hopper kernels."""
+    capability = getattr(device, "compute_capability", None)
+    if device.platform not in ("gpu", "cuda") or capability != "9.0":
+        raise KernelError(
+            f"the 'mosaic' kernels need a Hopper GPU (compute capability 9.0), and this is "
+            f"{device.device_kind} ({capability=}); use attention: cudnn or reference"
+        )
+
+
+def self_check(
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: jnp.dtype = jnp.bfloat16,
+    implementation: str = "mosaic",
+    device: jax.Device | None = None,
+) -> dict[str, float]:
+    """Compare the kernels with their references on a small ragged batch.
+
+    Args:
+        heads: query heads, as the model has them (on one device).
+        kv_heads: K/V heads.
+        head_dim: size of a head.
+        page_size: tokens of a page.
+        dtype: type of queries and cache.
+        implementation: what to check.
+        device: where to run; the first device if not given.
+
+    Returns:
+        Relative error by kernel.
+
+    Raises:
+        KernelError: naming kernel, error and CUDA version, if one differs by more than 1e-2.
+    """
+    device = device or jax.local_devices()[0]
+    if implementation == "mosaic":
+        require_hopper(device)
+    with jax.default_device(device):
+        errors = {
+            "ragged_attention": _attention_error(
+                heads, kv_heads, head_dim, page_size, dtype, implementation
+            ),
+            "update_kv": _update_error(kv_heads, head_dim, page_size, dtype, implementation),
+        }
+    for kernel, error in errors.items():
+        if not error < TOLERANCE:  # NaN fails too
+            version = " ".join(device.client.platform_version.split())
+            raise KernelError(
+                f"kernel {kernel} ({implementation}) differs from its reference by {error:.2e}, "
+                f"limit {TOLERANCE:.0e}, on {device.device_kind} with {version}; "
+                "change the CUDA version or use attention: reference"
+            )
+    return errors
+
+
+def _attention_error(heads, kv_heads, head_dim, page_size, dtype, implementation) -> float:
+    rng = np.random.default_rng(0)
+    pages = [-(-context // page_size) for _, context in ROWS]
+    total = sum(pages) + 3
+    tables = np.zeros((len(ROWS) + 1, max(pages)), np.int32)
+    order = rng.permutation(total)
+    for row, count in enumerate(pages):
+        tables[row, :count], order = order[:count], order[count:]
+    queries = [n for n, _ in ROWS]
+    starts = np.cumsum([0, *queries, 0]).astype(np.int32)
+    context = np.array([c for _, c in ROWS] + [0], np.int32)
+    shape = (2, kv_heads, total, page_size, head_dim)
+    k_pages, v_pages = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((starts[-1] + PADDING, heads, head_dim)), dtype)
+    args = (jnp.int32(1), jnp.asarray(tables), jnp.asarray(starts), jnp.asarray(context))
+
+    def attend(q, k_pages, v_pages, *args, implementation):
+        return ragged_attention(
+            *(q, k_pages, v_pages, *args), scale=head_dim**-0.5, implementation=implementation
+        )
+
+    attend = jax.jit(attend, static_argnames="implementation")
+    out = attend(q, k_pages, v_pages, *args, implementation=implementation)
+    wide = (x.astype(jnp.float32) for x in (q, k_pages, v_pages))
+    return _relative(out, attend(*wide, *args, implementation="reference"))
+
+
+def _update_error(kv_heads, head_dim, page_size, dtype, implementation) -> float:
+    rng = np.random.default_rng(1)
+    shape = (2, kv_heads, 5, page_size, head_dim)
+    tokens = 3 * page_size + 1
+    slots = rng.permutation(5 * page_size)[:tokens].astype(np.int32)
+    slots[::5] = -1
+    cache = [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2)]
+    new = [jnp.asarray(rng.standard_normal((tokens, kv_heads, head_dim)), dtype) for _ in range(2)]
+    update = jax.jit(update_kv, static_argnames="implementation")
+    args = (*cache, *new, jnp.int32(1), jnp.asarray(slots))
+    pairs = zip(
+        update(*args, implementation=implementation),
+        update(*args, implementation="reference"),
+        strict=True,
+    )
+    return max(_relative(out, expected) for out, expected in pairs)
+
+
+def _relative(out, expected) -> float:
+    out, expected = (np.asarray(x, np.float64) for x in (out, expected))
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
