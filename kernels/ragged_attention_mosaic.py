@@ -41,7 +41,7 @@ class TuningConfig:
         num_sms: streaming multiprocessors to fill (132 on H100 and H200).
         decode_streams: decode workers in one thread block; each is a producer and a consumer.
         decode_block_kv: keys of one decode tile.
-        decode_stages: tiles in a worker's ring.
+        decode_stages: K tiles in a worker's ring; V, which is needed later, gets one less.
         prefill_block_kv: keys of one prefill tile.
         prefill_stages: tiles in the ring of a prefill block.
     """
@@ -52,6 +52,7 @@ class TuningConfig:
     decode_stages: int = 3
     prefill_block_kv: int = 128
     prefill_stages: int = 2
+    prefill_overlap: bool = True
 
     def __post_init__(self):
         for name in ("decode_block_kv", "prefill_block_kv"):
@@ -239,16 +240,30 @@ def _iota(shape, axis: int, *, interpret: bool):
 # ---------------------------------------------------------------------------------------- decode
 
 
-def _segment(plan: DecodePlan, place, end, kv_heads: int):
-    """The part of one (row, K/V head) pair that begins at `place` and ends before `end`."""
-    position, d = place
-    tiles = plan.tiles[d]
-    offset = position - plan.starts[d]
-    head = lax.div(offset, tiles)
-    first = offset - head * tiles
-    count = jnp.minimum(tiles - first, end - position)
-    at_end = position + count == plan.starts[d + 1]
-    return head, first, count, tiles, (position + count, jnp.where(at_end, d + 1, d))
+class _DecodeRow(NamedTuple):
+    """What the plan says of one decode row, loaded ahead of its use."""
+
+    token: Any
+    row: Any
+    context: Any
+    tiles: Any
+    start: Any
+    end: Any
+
+
+def _decode_row(plan: DecodePlan, d) -> _DecodeRow:
+    d = jnp.minimum(d, plan.row.shape[0] - 1)
+    row = (plan.token[d], plan.row[d], plan.context[d], plan.tiles[d])
+    return _DecodeRow(*row, plan.starts[d], plan.starts[d + 1])
+
+
+def _segment(row: _DecodeRow, position, end):
+    """The part of one (row, K/V head) pair that begins at `position` and ends before `end`."""
+    offset = position - row.start
+    head = lax.div(offset, row.tiles)
+    first = offset - head * row.tiles
+    count = jnp.minimum(row.tiles - first, end - position)
+    return head, first, count
 
 
 def _decode_kernel(
@@ -266,96 +281,109 @@ def _decode_kernel(
     interpret: bool,
 ):
     plan = DecodePlan(*refs[:7])
-    out_ref, part_ref, stat_ref = refs[7:10]
-    qo_smem, k_smem, v_smem, stat_smem, q_full, k_full, v_full, k_free, v_free = refs[10:]
+    out_ref, part_ref, stat_ref, q_smem, o_smem, k_smem, v_smem, stat_smem = refs[7:15]
+    q_full, q_free, k_full, v_full, k_free, v_free = refs[15:]
     head_dim = q_ref.shape[1]
     page_size = k_ref.shape[1]
-    block, stages, streams = config.decode_block_kv, config.decode_stages, config.decode_streams
+    block, streams = config.decode_block_kv, config.decode_streams
+    k_stages, v_stages = config.decode_stages, config.decode_stages - 1
     thread = lax.axis_index("wg")
     stream = lax.rem(thread, jnp.int32(streams))
     worker = lax.axis_index("block") * streams + stream
-    ring = stream * stages  # first barrier of this stream
     begin = plan.worker_starts[worker]
     end = plan.worker_starts[worker + 1]
-    start_place = (begin, plan.worker_rows[worker])
+    first_row = plan.worker_rows[worker]
+
+    def in_ring(step, stages: int):
+        slot = lax.rem(step, jnp.int32(stages))
+        return slot, stream * stages + slot  # index of the buffer, and of its barrier
 
     @pl.when(thread >= streams)
     def _producer():
         plgpu.set_max_registers(40, action="decrease")
-        head_stride = jnp.int32(num_pages)
         layer_base = layer_ref[0] * (kv_heads * num_pages)
 
         def segment(carry):
-            place, step = carry
-            d = place[1]
-            head, first, count, _, next_place = _segment(plan, place, end, kv_heads)
-            row = plan.row[d]
-            last_page = _cdiv(plan.context[d], page_size) - 1
-            base = layer_base + head * head_stride
+            position, d, step, segments = carry
+            row = _decode_row(plan, d)
+            head, first, count = _segment(row, position, end)
+            query = row.token * (kv_heads * groups) + head * groups
+            pl.when(segments > 0)(lambda: plgpu.barrier_wait(q_free.at[stream]))
+            destination = q_smem.at[stream, pl.ds(0, groups)]
+            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(query, groups)], destination, q_full.at[stream])
+            last_page = _cdiv(row.context, page_size) - 1
+            base = layer_base + head * num_pages
 
             def tile(i, _):
                 n = step + i
-                slot = lax.rem(n, jnp.int32(stages))
-                waits = [
-                    lambda free=free: pl.when(n >= stages)(
-                        lambda: plgpu.barrier_wait(free.at[ring + slot])
-                    )
-                    for free in (k_free, v_free)
-                ]
+                k_slot, k_barrier = in_ring(n, k_stages)
+                v_slot, v_barrier = in_ring(n, v_stages)
+                waits = (
+                    lambda: pl.when(n >= k_stages)(
+                        lambda: plgpu.barrier_wait(k_free.at[k_barrier])
+                    ),
+                    lambda: pl.when(n >= v_stages)(
+                        lambda: plgpu.barrier_wait(v_free.at[v_barrier])
+                    ),
+                )
                 _copy_tile(
                     k_ref,
                     v_ref,
                     tables_ref,
-                    k_smem.at[stream, slot],
-                    v_smem.at[stream, slot],
-                    k_full.at[ring + slot],
-                    v_full.at[ring + slot],
+                    k_smem.at[stream, k_slot],
+                    v_smem.at[stream, v_slot],
+                    k_full.at[k_barrier],
+                    v_full.at[v_barrier],
                     waits,
-                    at=(row, base, first + i, last_page, block, page_size),
+                    at=(row.row, base, first + i, last_page, block, page_size),
                 )
 
             lax.fori_loop(0, count, tile, None)
-            return next_place, step + count
+            position = position + count
+            d = jnp.where(position == row.end, d + 1, d)
+            return position, d, step + count, segments + 1
 
-        carry = (start_place, jnp.int32(0))
-        _, step = lax.while_loop(lambda c: c[0][0] < end, segment, carry)
-        _drain(step, stages, (k_free, v_free), ring)
+        carry = (begin, first_row, jnp.int32(0), jnp.int32(0))
+        _, _, step, segments = lax.while_loop(lambda c: c[0] < end, segment, carry)
+        _drain(step, k_stages, (k_free,), stream * k_stages)
+        _drain(step, v_stages, (v_free,), stream * v_stages)
+        _drain(segments, 1, (q_free,), stream)
 
     @pl.when(thread < streams)
     def _consumer():
         plgpu.set_max_registers(208 if streams <= 2 else 152, action="increase")
-        qo = qo_smem.at[stream]
+        o = o_smem.at[stream]
+        rows = pl.ds(0, groups)
 
         def segment(carry):
-            place, step = carry
-            d = place[1]
-            head, first, count, tiles, next_place = _segment(plan, place, end, kv_heads)
-            context = plan.context[d]
-            query = plan.token[d] * (kv_heads * groups) + head * groups
-            # Rows of the tile past `groups` hold what was there before: they stay apart.
-            plgpu.commit_smem()
-            plgpu.copy_gmem_to_smem(
-                q_ref.at[pl.ds(query, groups)], qo.at[pl.ds(0, groups)], q_full.at[stream]
-            )
+            position, d, step, row = carry
+            head, first, count = _segment(row, position, end)
+            after = position + count
+            next_d = jnp.where(after == row.end, d + 1, d)
+            next_row = _decode_row(plan, next_d)  # arrives while this segment is computed
+            context = row.context
             plgpu.barrier_wait(q_full.at[stream])
-            q = _load(qo, plgpu.Layout.WGMMA, interpret=interpret)
+            # Rows past `groups` hold what was there before: they stay apart.
+            q = _load(q_smem.at[stream], plgpu.Layout.WGMMA, interpret=interpret)
+            plgpu.barrier_arrive(q_free.at[stream])
 
             def tile(i, state, masked: bool):
                 acc, peak, total = state
-                slot = lax.rem(step + i, jnp.int32(stages))
-                plgpu.barrier_wait(k_full.at[ring + slot])
+                slot, barrier = in_ring(step + i, k_stages)
+                plgpu.barrier_wait(k_full.at[barrier])
                 qk = _scores(q, k_smem.at[stream, slot], block, interpret=interpret)
-                plgpu.barrier_arrive(k_free.at[ring + slot])
+                plgpu.barrier_arrive(k_free.at[barrier])
                 if masked:
                     position = (first + i) * block + _iota((ROWS, block), 1, interpret=interpret)
                     qk = jnp.where(position < context, qk, -jnp.inf)
                 weights, acc, peak, total = _softmax_step(qk, acc, peak, total, factor)
                 total = total + weights.sum(axis=1)
                 weights = weights.astype(q_ref.dtype)
-                plgpu.barrier_wait(v_full.at[ring + slot])
+                slot, barrier = in_ring(step + i, v_stages)
+                plgpu.barrier_wait(v_full.at[barrier])
                 values = v_smem.at[stream, slot]
                 acc = _add_values(acc, weights, values, interpret=interpret)
-                plgpu.barrier_arrive(v_free.at[ring + slot])
+                plgpu.barrier_arrive(v_free.at[barrier])
                 return acc, peak, total
 
             whole = jnp.clip(lax.div(context, jnp.int32(block)) - first, 0, count)
@@ -365,33 +393,34 @@ def _decode_kernel(
             acc, peak, total = state
             acc = acc * _over_keys(1.0 / total, acc.shape)
             rounded = acc.astype(q_ref.dtype)
-            qo[...] = rounded
-            complete = (first == 0) & (count == tiles)
-            rows = pl.ds(0, groups)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            o[...] = rounded
+            complete = count == row.tiles
 
             @pl.when(complete)
             def _write():
+                query = row.token * (kv_heads * groups) + head * groups
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(qo.at[rows], out_ref.at[pl.ds(query, groups)])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.copy_smem_to_gmem(o.at[rows], out_ref.at[pl.ds(query, groups)])
 
             @pl.when(jnp.logical_not(complete))
             def _write_part():
-                part = 2 * worker + (place[0] != begin).astype(jnp.int32)
+                part = 2 * worker + (position != begin).astype(jnp.int32)
                 stat_smem[stream] = peak + jnp.log(total) * LOG2E
                 plgpu.commit_smem()
                 # High and low halves: as good as float32, through the same buffer.
-                plgpu.copy_smem_to_gmem(qo.at[rows], part_ref.at[part, 0, rows])
+                plgpu.copy_smem_to_gmem(o.at[rows], part_ref.at[part, 0, rows])
                 plgpu.copy_smem_to_gmem(stat_smem.at[stream], stat_ref.at[part])
-                plgpu.wait_smem_to_gmem(0)
-                qo[...] = (acc - rounded.astype(jnp.float32)).astype(q_ref.dtype)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                o[...] = (acc - rounded.astype(jnp.float32)).astype(q_ref.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(qo.at[rows], part_ref.at[part, 1, rows])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.copy_smem_to_gmem(o.at[rows], part_ref.at[part, 1, rows])
 
-            return next_place, step + count
+            return after, next_d, step + count, next_row
 
-        lax.while_loop(lambda c: c[0][0] < end, segment, (start_place, jnp.int32(0)))
+        carry = (begin, first_row, jnp.int32(0), _decode_row(plan, first_row))
+        lax.while_loop(lambda c: c[0] < end, segment, carry)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _load(ref, layout, *, interpret: bool):
@@ -499,8 +528,8 @@ def _prefill_kernel(
     interpret: bool,
 ):
     plan = PrefillPlan(*refs[:7])
-    out_ref, q_smem, o_smem, k_smem, v_smem = refs[7:12]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[12:]
+    out_ref, q_smem, o_smem, p_smem, k_smem, v_smem = refs[7:13]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[13:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
@@ -575,10 +604,15 @@ def _prefill_kernel(
         plgpu.set_max_registers(232, action="increase")
 
         def take_turn():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
+            plgpu.barrier_arrive(turn.at[2])
+            plgpu.barrier_wait(turn.at[2])
 
-        pl.when(wg == 1)(take_turn)
+        if config.prefill_overlap:
+            # The warpgroups issue their products one after the other, so that one's softmax
+            # lies under the other's products.
+            pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        else:
+            pl.when(wg == 1)(take_turn)
 
         def body(carry):
             round_, step = carry
@@ -586,6 +620,18 @@ def _prefill_kernel(
             token, q_head = place_of(first_head, token, wg)
             shift = context - end + token  # position of the first row's query
             pl.when(steps > 0)(lambda: plgpu.barrier_wait(q_full.at[wg]))
+
+            def slot_of(i):
+                return lax.rem(step + i, jnp.int32(stages))
+
+            def mask(qk, i):
+                query = shift + _iota((ROWS, block), 0, interpret=interpret)
+                key = i * block + _iota((ROWS, block), 1, interpret=interpret)
+                return jnp.where(query >= key, qk, -jnp.inf)
+
+            def after_scores(i):
+                plgpu.barrier_arrive(k_free.at[slot_of(i)])
+                pl.when(i == steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
 
             def tile(i, state, masked: bool):
                 acc, peak, total = state
@@ -598,10 +644,7 @@ def _prefill_kernel(
                 # Not after the loop: the other warpgroup, which this one waits for below, may need
                 # the next item's tiles first, and the producer sends the queries before them.
                 pl.when(i == steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-                if masked:
-                    query = shift + _iota((ROWS, block), 0, interpret=interpret)
-                    key = i * block + _iota((ROWS, block), 1, interpret=interpret)
-                    qk = jnp.where(query >= key, qk, -jnp.inf)
+                qk = mask(qk, i) if masked else qk
                 weights, acc, peak, total = _softmax_step(qk, acc, peak, total, factor)
                 rounded = weights.astype(q_ref.dtype)
                 total = total + weights.sum(axis=1)
@@ -609,18 +652,99 @@ def _prefill_kernel(
                     acc, total, peak, rounded = lax.optimization_barrier(
                         (acc, total, peak, rounded)
                     )
-                plgpu.barrier_arrive(turn)
+                plgpu.barrier_arrive(turn.at[2])
                 plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(turn)
+                plgpu.barrier_wait(turn.at[2])
                 acc = _add_values(acc, rounded, v_smem.at[slot], interpret=interpret)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, peak, total
 
+            def first_tile(_, state):
+                acc, peak, total = state
+                plgpu.barrier_wait(k_full.at[slot_of(0)])
+                plgpu.barrier_wait(turn.at[wg])
+                qk = _scores(
+                    q_smem.at[wg],
+                    k_smem.at[slot_of(0)],
+                    block,
+                    lambda: plgpu.barrier_arrive(turn.at[1 - wg]),
+                    interpret=interpret,
+                )
+                after_scores(0)
+                weights, acc, peak, total = _softmax_step(mask(qk, 0), acc, peak, total, factor)
+                p_smem[wg] = weights.astype(q_ref.dtype)
+                plgpu.commit_smem()
+                return acc, peak, total + weights.sum(axis=1)
+
+            def next_tile(i, state, masked: bool):
+                """Scores of tile `i` under way with the values of tile `i - 1`."""
+                acc, peak, total = state
+                keys, values = k_smem.at[slot_of(i)], v_smem.at[slot_of(i - 1)]
+                plgpu.barrier_wait(k_full.at[slot_of(i)])
+                plgpu.barrier_wait(v_full.at[slot_of(i - 1)])
+                plgpu.barrier_wait(turn.at[wg])
+
+                def softmax(qk):
+                    after_scores(i)
+                    qk = mask(qk, i) if masked else qk
+                    new_peak = jnp.maximum(peak, qk.max(axis=1) * factor)
+                    weights = jnp.exp2(qk * factor - _over_keys(new_peak, qk.shape))
+                    shrink = jnp.exp2(peak - new_peak)
+                    sums = total * shrink + weights.sum(axis=1)
+                    return weights.astype(q_ref.dtype), shrink, new_peak, sums
+
+                if interpret:
+                    plgpu.barrier_arrive(turn.at[1 - wg])
+                    result = softmax(
+                        jnp.dot(q_smem[wg], keys[...].T, preferred_element_type=jnp.float32)
+                    )
+                    acc = _add_values(acc, p_smem[wg], values, interpret=True)
+                else:
+
+                    def scope(scores_ref, acc_ref):
+                        acc_ref[...] = acc
+                        plgpu.wgmma(scores_ref, q_smem.at[wg], keys.transpose((1, 0)))
+                        plgpu.wgmma(acc_ref, p_smem.at[wg], values)
+                        plgpu.barrier_arrive(turn.at[1 - wg])
+                        scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+                        result = lax.optimization_barrier(softmax(scores))
+                        return result, acc_ref[...]
+
+                    result, acc = pl.run_scoped(
+                        scope,
+                        plgpu.ACC((ROWS, block), jnp.float32),
+                        plgpu.ACC((ROWS, head_dim), jnp.float32),
+                    )
+                weights, shrink, peak, total = result
+                plgpu.barrier_arrive(v_free.at[slot_of(i - 1)])
+                p_smem[wg] = weights
+                plgpu.commit_smem()
+                return acc * _over_keys(shrink, acc.shape), peak, total
+
+            def last_values(_, acc):
+                slot = slot_of(steps - 1)
+                plgpu.barrier_wait(v_full.at[slot])
+                weights = p_smem[wg] if interpret else p_smem.at[wg]
+                acc = _add_values(acc, weights, v_smem.at[slot], interpret=interpret)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc
+
             whole = jnp.clip(lax.div(jnp.maximum(shift + 1, 0), jnp.int32(block)), 0, steps)
             state = _start_state(head_dim, interpret=interpret)
-            state = lax.fori_loop(0, whole, functools.partial(tile, masked=False), state)
-            state = lax.fori_loop(whole, steps, functools.partial(tile, masked=True), state)
-            acc, _, total = state
+            if config.prefill_overlap:
+                once = jnp.minimum(steps, 1)
+                state = lax.fori_loop(0, once, first_tile, state)
+                whole = jnp.maximum(whole, once)
+                state = lax.fori_loop(1, whole, functools.partial(next_tile, masked=False), state)
+                state = lax.fori_loop(
+                    jnp.maximum(whole, 1), steps, functools.partial(next_tile, masked=True), state
+                )
+                acc, _, total = state
+                acc = lax.fori_loop(0, once, last_values, acc)
+            else:
+                state = lax.fori_loop(0, whole, functools.partial(tile, masked=False), state)
+                state = lax.fori_loop(whole, steps, functools.partial(tile, masked=True), state)
+                acc, _, total = state
             total = jnp.where(total == 0.0, 1.0, total)
             acc = acc * _over_keys(1.0 / total, acc.shape)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -630,7 +754,10 @@ def _prefill_kernel(
             return round_ + 1, step + steps
 
         lax.while_loop(lambda c: item_of(c[0]) < num_items, body, (jnp.int32(0), jnp.int32(0)))
-        pl.when(wg == 0)(take_turn)
+        if config.prefill_overlap:
+            pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+        else:
+            pl.when(wg == 0)(take_turn)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -686,6 +813,29 @@ def ragged_attention_mosaic(
     """`ragged_attention` with the Hopper kernels; `interpret` runs them on the CPU (tests)."""
     config = config or TuningConfig()
     check_fits(q, k_pages, block_tables, config)
+    layer = jnp.asarray(layer, jnp.int32)
+    batch = (block_tables, query_starts, context_lens)
+    return _attend(
+        *(q, k_pages, v_pages, layer, *batch), scale=scale, config=config, interpret=interpret
+    )
+
+
+# A function of its own, so that a program with many layers holds the kernels once: lowering them
+# takes seconds.
+@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
+def _attend(
+    q,
+    k_pages,
+    v_pages,
+    layer,
+    block_tables,
+    query_starts,
+    context_lens,
+    *,
+    scale,
+    config,
+    interpret,
+):
     tokens, heads, head_dim = q.shape
     layers, kv_heads, num_pages, page_size, _ = k_pages.shape
     groups = heads // kv_heads
@@ -698,7 +848,7 @@ def ragged_attention_mosaic(
     shared = (
         k_pages.reshape(flat),
         v_pages.reshape(flat),
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        layer.reshape(1),
         block_tables.astype(jnp.int32),
     )
     static = {
@@ -740,11 +890,11 @@ def _ring(shape: tuple[int, ...], dtype):
 
 def _call_decode(q, shared, plan, static, interpret):
     config, groups, head_dim = static["config"], static["groups"], q.shape[2]
-    block, stages, streams = config.decode_block_kv, config.decode_stages, config.decode_streams
+    block, streams = config.decode_block_kv, config.decode_streams
+    k_stages, v_stages = config.decode_stages, config.decode_stages - 1
     copies = max(1, block // shared[0].shape[1])
     parts = 2 * config.decode_workers
-    full = plgpu.Barrier(num_arrivals=copies, num_barriers=streams * stages)
-    free = plgpu.Barrier(num_barriers=streams * stages)
+    tile = (ROWS, head_dim)
     kernel = gpu_kernel(
         functools.partial(_decode_kernel, **static),
         out_type=[
@@ -753,15 +903,17 @@ def _call_decode(q, shared, plan, static, interpret):
             jax.ShapeDtypeStruct((parts, ROWS), jnp.float32),
         ],
         scratch=[
-            plgpu.SMEM((streams, ROWS, head_dim), q.dtype),
-            _ring((streams, stages, block, head_dim), q.dtype),
-            _ring((streams, stages, block, head_dim), q.dtype),
+            plgpu.SMEM((streams, *tile), q.dtype),
+            plgpu.SMEM((streams, *tile), q.dtype),
+            _ring((streams, k_stages, block, head_dim), q.dtype),
+            _ring((streams, v_stages, block, head_dim), q.dtype),
             plgpu.SMEM((streams, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=streams),
-            full,
-            full,
-            free,
-            free,
+            plgpu.Barrier(num_barriers=streams),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=streams * k_stages),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=streams * v_stages),
+            plgpu.Barrier(num_barriers=streams * k_stages),
+            plgpu.Barrier(num_barriers=streams * v_stages),
         ],
         grid=config.num_sms,
         warpgroups=2 * streams,
@@ -806,6 +958,7 @@ def _call_prefill(out_ref, q, shared, plan, static, interpret):
         scratch=[
             _ring((2, ROWS, head_dim), q.dtype),
             plgpu.SMEM((2, ROWS, head_dim), q.dtype),
+            _ring((2, ROWS, block), q.dtype),
             _ring((stages, block, head_dim), q.dtype),
             _ring((stages, block, head_dim), q.dtype),
             plgpu.Barrier(num_barriers=2),
@@ -814,7 +967,7 @@ def _call_prefill(out_ref, q, shared, plan, static, interpret):
             full,
             free,
             free,
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=1 if config.prefill_overlap else 2, num_barriers=3),
         ],
         grid=config.num_sms,
         warpgroups=3,

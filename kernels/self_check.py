@@ -26,7 +26,7 @@ def require_hopper(device: jax.Device) -> None:
     if device.platform not in ("gpu", "cuda") or capability != "9.0":
         raise KernelError(
             f"the 'mosaic' kernels need a Hopper GPU (compute capability 9.0), and this is "
-            f"{device.device_kind} ({capability=}); use attention: cudnn or reference"
+            f"{device.device_kind} ({capability=}); set attention=reference"
         )
 
 

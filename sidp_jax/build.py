@@ -9,14 +9,16 @@ from math import ceil, prod
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sidp_jax.batch import BatchLayout, token_buckets
 from sidp_jax.checkpoint import load_weights
 from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.engine import Engine
 from sidp_jax.hardware import load_profile, profile_for
+from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.mesh import make_mesh
-from sidp_jax.models.config import ModelConfig, UnsupportedModelError
+from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
 from sidp_jax.modes.policy import CAS, REPLICATED, WAS, LayerShape, Policy
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
@@ -97,13 +99,33 @@ def _model_and_program(config: EngineConfig) -> tuple[ModelConfig, StepProgram]:
     """Model, pool and mesh; every way in which they do not fit is a ``ConfigError``."""
     try:
         model = ModelConfig.from_pretrained(config.model_path)
-        everywhere = config.mode == REPLICATED
+        everywhere = _modes(config) == (REPLICATED,)
         resident = model.num_layers if everywhere else config.resident_layers
         layout = PoolLayout(model.num_layers, config.pool_size, resident)
         mesh = make_mesh(config.pool_size, config.tensor_parallel_size)
-    except (UnsupportedModelError, FileNotFoundError, ValueError) as error:
+        attention = _attention(config, model, mesh)
+    except (FileNotFoundError, KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    return model, StepProgram(model, layout, mesh, "reference")
+    return model, StepProgram(model, layout, mesh, attention)
+
+
+def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
+    """The implementation of attention and cache update; kernels are checked before they are used."""
+    device = mesh.local_devices[0]
+    chosen = config.attention
+    if chosen == "auto":
+        chosen = "reference" if device.platform == "cpu" else "mosaic"
+    if chosen == "mosaic":
+        errors = self_check(
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=config.page_size,
+            dtype=jnp.dtype(config.dtype),
+            device=device,
+        )
+        logger.info("attention kernels checked: relative errors %s", errors)
+    return chosen
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -119,10 +141,10 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _modes(config: EngineConfig) -> tuple[str, ...]:
-    """The modes that steps may run in; a pool of one has nothing to fetch and nobody to send to."""
+    """The modes that steps may run in; in a pool of one every layer is at home."""
     if config.mode != "auto":
         return (config.mode,)
-    return (WAS, CAS) if config.pool_size > 1 else (WAS,)
+    return (WAS, CAS) if config.pool_size > 1 else (REPLICATED,)
 
 
 def _batch_layouts(

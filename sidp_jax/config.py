@@ -101,7 +101,8 @@ class EngineConfig:
         mode: How a layer that a replica does not own is run; ``auto`` picks it step by step.
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.
-        attention: Implementation of attention.
+        attention: Implementation of attention; ``auto`` is ``mosaic`` (Hopper kernels) on a GPU and
+            ``reference`` on the CPU.
         max_model_len: Longest sequence, prompt and output, in tokens; None is the model's own.
         max_num_seqs: Sequences that one replica runs at a time.
         max_num_batched_tokens: Tokens that one replica computes in one step.
@@ -129,7 +130,7 @@ class EngineConfig:
     mode: Literal["auto", "replicated", "was", "cas"] = "auto"
     layer_loop: Literal["auto", "scan", "unrolled"] = "auto"
     resident_layers: int = 0
-    attention: Literal["auto", "reference"] = "auto"
+    attention: Literal["auto", "reference", "mosaic"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048

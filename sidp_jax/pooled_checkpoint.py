@@ -27,7 +27,8 @@ from sidp_jax.pool import PoolLayout
 from sidp_jax.safetensors_files import CheckpointError
 from sidp_jax.weights import Weights
 
-# Most bytes between disk and devices at a time; they are the host memory that this takes.
+# Most bytes between disk and devices at a time: the host memory that saving and restoring take.
+# The largest array has to fit.
 _CONCURRENT_GB = 8
 
 AbstractParams = dict[str, jax.ShapeDtypeStruct]
@@ -171,6 +172,7 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(
             use_compression=False,
+            save_device_host_concurrent_gb=_CONCURRENT_GB,
             save_concurrent_gb=_CONCURRENT_GB,
             restore_concurrent_gb=_CONCURRENT_GB,
         )

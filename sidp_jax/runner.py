@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 
@@ -73,26 +75,34 @@ class Runner:
         self._state: sampling.SamplerState | None = None
 
     def warm_up(self) -> None:
-        """Allocates the cache, then compiles every program and runs each once on an empty batch."""
+        """Compiles every program, allocates the cache, and runs each program on an empty batch.
+
+        Programs compile side by side, and before the cache is allocated: the compiler tries GEMMs
+        out on the device, which takes memory too.
+        """
         started = time.monotonic()
         pool = self.program.layout.pool_size
+        lowered = {key: self._lower_forward(*key) for key in product(self.modes, self.shapes.batches)}
+        samplers = {variant: self._lower_sampler(variant) for variant in VARIANTS}
+        new_state = jax.jit(
+            lambda: jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._state_spec()
+            ),
+            out_shardings=self.program.per_replica(),
+        ).lower()
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            compiled = [
+                threads.submit(program.compile)
+                for program in (*lowered.values(), *samplers.values(), new_state)
+            ]
+            programs = iter([future.result() for future in compiled])
+        self._forward = {key: next(programs) for key in lowered}
+        self._sampler = {variant: next(programs) for variant in samplers}
+        self._new_state = next(programs)
+
         self._kv = allocate(self._kv_spec())
         self._last_tokens = jax.device_put(
             np.zeros((pool, self.shapes.max_num_seqs), np.int32), self.program.per_replica()
-        )
-        for mode, batch in product(self.modes, self.shapes.batches):
-            self._forward[mode, batch] = self._compile_forward(mode, batch)
-        for variant in VARIANTS:
-            self._sampler[variant] = self._compile_sampler(variant)
-        self._new_state = (
-            jax.jit(
-                lambda: jax.tree.map(
-                    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._state_spec()
-                ),
-                out_shardings=self.program.per_replica(),
-            )
-            .lower()
-            .compile()
         )
         for batch in self.shapes.batches:
             empty = batch.empty(pool)
@@ -161,7 +171,7 @@ class Runner:
     def _vocab_rows(self) -> int:
         return padded_vocab(self.program.config.vocab_size, self.program.mesh.size)
 
-    def _compile_forward(self, mode: str, batch: BatchLayout) -> jax.stages.Compiled:
+    def _lower_forward(self, mode: str, batch: BatchLayout) -> jax.stages.Lowered:
         weights = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
             self.weights,
@@ -169,16 +179,16 @@ class Runner:
         last_tokens = self._spec((self.shapes.max_num_seqs,), jnp.int32)
         buffer = self._spec((batch.size,), jnp.int32)
         forward = self.program.forward(mode, batch, self.shapes.batches[-1], weights)
-        return forward.lower(weights, self._kv_spec(), last_tokens, buffer).compile()
+        return forward.lower(weights, self._kv_spec(), last_tokens, buffer)
 
-    def _compile_sampler(self, variant: str) -> jax.stages.Compiled:
+    def _lower_sampler(self, variant: str) -> jax.stages.Lowered:
         widest = self.shapes.batches[-1]
         logits = self._spec((widest.seqs, self._vocab_rows()), jnp.float32)
         buffer = self._spec((widest.size,), jnp.int32)
         last_tokens = self._spec((self.shapes.max_num_seqs,), jnp.int32)
         state = self._state_spec() if variant == "full" else None
         sampler = self.program.sampler(variant, widest)
-        return sampler.lower(logits, buffer, last_tokens, state).compile()
+        return sampler.lower(logits, buffer, last_tokens, state)
 
 
 def num_pages_that_fit(
@@ -220,9 +230,9 @@ def num_pages_that_fit(
     )
     used = 0
     for mode in modes:
-        memory = probe._compile_forward(mode, batch).memory_analysis()
+        memory = probe._lower_forward(mode, batch).compile().memory_analysis()
         used = max(used, memory.argument_size_in_bytes - page + memory.temp_size_in_bytes)
     # Logits of two steps, the sampler's workspace and its state live beside the forward program.
-    memory = probe._compile_sampler("full").memory_analysis()
+    memory = probe._lower_sampler("full").compile().memory_analysis()
     used += 2 * memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return max(0, (memory_bytes - used) // page)

@@ -221,12 +221,13 @@ def test_token_is_the_same_by_every_search(monkeypatch):
     monkeypatch.setattr(sampling.lax, "switch", switch)
     logits = random_logits(np.random.default_rng(1), 41, WIDE)
     logits[40] = 0  # ties everywhere
+    grouped = sampling._grouped(jnp.asarray(logits), WIDE)
     fields = {"top_k": np.resize([1, 3, 6], 41), "top_p": np.resize([0.9, 1.0], 41)}
 
     def tokens(rows: int, **fields) -> list[int]:
         fields = {name: values[:rows] for name, values in fields.items()}
         batch = make_batch(rows, **fields)
-        return sampling._draw(sampling._grouped(logits[:rows], WIDE), batch, WIDE)[:40].tolist()
+        return sampling._draw(grouped[:rows], batch, WIDE)[:40].tolist()
 
     by_candidates, by_all = tokens(40, **fields), tokens(41, **fields)
     assert by_candidates == by_all
@@ -521,28 +522,28 @@ def test_under_vmap_and_shard_map(variant):
     batch = make_batch(pool * rows, top_k=np.arange(12) * 3, top_p=0.9)
     state = init_state(pool * rows, vocab)
     one = partial(sampling.sample, variant=variant, vocab_size=vocab)
-    expected = one(logits, batch, state=state)
+    expected = jax.jit(one)(logits, batch, state=state)
 
     fold = partial(jax.tree.map, lambda x: x.reshape(pool, -1, *x.shape[1:]))
-    unfold = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
     folded = fold(batch._replace(slots=batch.slots % rows, query_starts=batch.query_starts[:-1]))
-    by_vmap = jax.vmap(lambda x, b, s: one(x, b, state=s))(fold(logits), folded, fold(state))
-    mesh = jax.make_mesh((pool,), ("pool",), axis_types=(jax.sharding.AxisType.Auto,))
-    for check_vma in [False, True]:
-        mapped = jax.shard_map(
-            lambda *args: jax.tree.map(
-                lambda x: x[None], one(*jax.tree.map(lambda x: x[0], args[:2]), state=args[2])
-            ),
-            mesh=mesh,
-            in_specs=PartitionSpec("pool"),
-            out_specs=PartitionSpec("pool"),
-            check_vma=check_vma,
-        )
-        by_shard_map = jax.jit(mapped)(fold(logits), folded, jax.tree.map(lambda x: x, state))
-        for found in [by_vmap, by_shard_map]:
-            for a, b in zip(unfold(found), expected, strict=True):
-                if b is not None:
-                    np.testing.assert_allclose(a, b, rtol=1e-5)
+    arguments = fold(logits), folded, fold(state)
+
+    def call(logits, batch, state):
+        return one(logits, batch, state=state)
+
+    def per_replica(*arguments):
+        return jax.tree.map(lambda x: x[None], call(*jax.tree.map(lambda x: x[0], arguments)))
+
+    mapped = jax.shard_map(
+        per_replica,
+        mesh=jax.make_mesh((pool,), ("pool",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=PartitionSpec("pool"),
+        out_specs=PartitionSpec("pool"),
+    )
+    for found in [jax.jit(jax.vmap(call))(*arguments), jax.jit(mapped)(*arguments)]:
+        for a, b in zip(found, expected, strict=True):
+            if b is not None:
+                np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-5)
 
 
 def test_values_never_recompile():

@@ -1,0 +1,200 @@
+"""Time whole jobs on the engine: dummy weights, random token ids, greedy, fixed output lengths.
+
+    python experiments/bench_offline.py --config experiments/shapes/qwen3_32b.yaml \\
+        --case 512,1024,256 --case 512,128,1024 --out experiments/results/offline.json
+
+``--case N,IN,OUT`` is N requests of IN prompt and OUT output tokens; ``--case @lens.json`` reads a list
+of ``[in, out]`` pairs. Prints, per case, throughput beside the floor for the same work, which comes from the
+matrix and copy rates measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from pathlib import Path
+
+import numpy as np
+
+from sidp_jax.config import load_config
+from sidp_jax.engine import Engine
+from sidp_jax.request import SamplingParams
+from sidp_jax.startup import start_jax
+
+Lengths = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches, measured in this run.
+
+    Attributes:
+        matmul_flops: FLOP/s of a large matrix product in the model's type.
+        copy_bandwidth: Bytes/s, read plus written, of a large copy on the device.
+    """
+
+    matmul_flops: float
+    copy_bandwidth: float
+
+
+def measure_ceilings(dtype: str, size: int) -> Ceilings:
+    """Times a ``size`` x ``size`` matrix product and a copy of ``64 * size * size`` values."""
+    import jax
+    import jax.numpy as jnp
+
+    def best(function, *arguments) -> float:
+        jax.block_until_ready(function(*arguments))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    x, y = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
+    seconds = best(jax.jit(lambda x, y: [x @ (y + i) for i in range(8)]), x, y) / 8
+    block = jnp.ones((64, size, size), jnp.dtype(dtype))
+    copy = best(jax.jit(lambda x: x + 1), block)
+    return Ceilings(2 * size**3 / seconds, 2 * block.nbytes / copy)
+
+
+def parse_case(text: str) -> Lengths:
+    """The (prompt, output) lengths of a case.
+
+    Raises:
+        ValueError: The text is neither ``N,IN,OUT`` nor ``@file``.
+    """
+    if text.startswith("@"):
+        return [(int(i), int(o)) for i, o in json.loads(Path(text[1:]).read_text())]
+    count, prompt, output = (int(part) for part in text.split(","))
+    return [(prompt, output)] * count
+
+
+def floor_seconds(engine: Engine, lengths: Lengths, ceilings: Ceilings) -> float:
+    """The least time for a job on one replica: every byte moved and every product done just once.
+
+    Dense work is bound by its FLOPs, or by reading the weights once for each of the fewest
+    steps that the concurrency allows; attention by reading K and V for every output token, and
+    by the products of the prompts.
+    """
+    model, shapes = engine.model_config, engine.runner.shapes
+    from sidp_jax.models.decoder import layer_spec
+
+    layer = sum(prod(s.shape) for n, s in layer_spec(model).items() if n.endswith("kernel"))
+    dense = model.num_layers * layer
+    head = model.vocab_size * model.hidden_size
+    tokens = sum(i + o for i, o in lengths)
+    outputs = sum(o for _, o in lengths)
+    flops = 2 * dense * tokens + 2 * head * outputs
+    item = shapes.kv_dtype.itemsize
+    kv_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * item
+    concurrency = min(
+        engine.max_concurrency, engine.kv_tokens / np.mean([i + o for i, o in lengths])
+    )
+    steps = max(max(o for _, o in lengths), ceil(outputs / concurrency))
+    weights = steps * (dense + head) * item / ceilings.copy_bandwidth
+    kv_read = sum(o * i + o * o / 2 for i, o in lengths) * kv_token
+    attention = sum(i * i for i, _ in lengths) * 2 * model.num_layers
+    attention *= model.num_heads * model.head_dim
+    return (
+        max(flops / ceilings.matmul_flops, weights)
+        + kv_read / ceilings.copy_bandwidth
+        + attention / ceilings.matmul_flops
+    )
+
+
+def run_case(engine: Engine, lengths: Lengths, seed: int) -> dict[str, float]:
+    """Runs one job to its end.
+
+    Args:
+        engine: Idle, warmed up.
+        lengths: Prompt and output tokens of each request.
+        seed: Seed of the prompts' token ids.
+    """
+    rng = np.random.default_rng(seed)
+    vocab = engine.model_config.vocab_size
+    prompts = [rng.integers(0, vocab, i).tolist() for i, _ in lengths]
+    compilations, steps = engine.compilations, sum(engine.stats.steps.values())
+    preemptions = engine.scheduler.num_preemptions
+    start = time.perf_counter()
+    for index, (prompt, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
+        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+        engine.add_request(f"{seed}-{index}", prompt, params)
+    produced = 0
+    while engine.has_work:
+        produced += sum(len(o.outputs[0].token_ids) for o in engine.step())
+    wall = time.perf_counter() - start
+    prompt_tokens = sum(i for i, _ in lengths)
+    assert produced == sum(o for _, o in lengths), "every request has its length"
+    steps = sum(engine.stats.steps.values()) - steps
+    return {
+        "wall_s": wall,
+        "requests_per_s": len(lengths) / wall,
+        "prompt_tokens_per_s": prompt_tokens / wall,
+        "output_tokens_per_s": produced / wall,
+        "total_tokens_per_s": (prompt_tokens + produced) / wall,
+        "steps": steps,
+        "mean_tokens_per_step": (prompt_tokens + produced) / steps,
+        "preemptions": engine.scheduler.num_preemptions - preemptions,
+        "compilations": engine.compilations - compilations,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs all cases, prints a line for each and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--case", action="append", required=True, metavar="N,IN,OUT")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    cases = {text: parse_case(text) for text in arguments.case}
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("sidp_jax").setLevel(logging.INFO)
+    config = load_config(arguments.config, ["load_format=dummy", *arguments.overrides])
+    start_jax(config)
+    import jax
+
+    from sidp_jax.build import build_engine
+
+    device = jax.devices()[0]
+    ceilings = measure_ceilings(config.dtype, 8192 if device.platform != "cpu" else 512)
+    start = time.perf_counter()
+    engine = build_engine(config)
+    ready = time.perf_counter() - start
+    run_case(engine, [(16, 4)] * min(64, engine.max_concurrency), seed=0)
+    report = {
+        "what": f"measured on one {device.device_kind}, pool of {config.pool_size}",
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "ceilings": asdict(ceilings),
+        "model": config.model,
+        "ready_s": ready,
+        "kv_tokens": engine.kv_tokens,
+        "cases": {},
+    }
+    for seed, (name, lengths) in enumerate(cases.items(), 1):
+        figures = run_case(engine, lengths, seed)
+        floor = floor_seconds(engine, lengths, ceilings)
+        figures |= {"floor_s": floor, "ratio_to_floor": figures["wall_s"] / floor}
+        memory = device.memory_stats() or {}
+        figures["peak_bytes"] = memory.get("peak_bytes_in_use")
+        report["cases"][name] = figures
+        print(name, json.dumps({k: v if v is None else round(v, 3) for k, v in figures.items()}))
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"ready in {ready:.1f} s, {engine.kv_tokens:,} KV tokens, ceilings {ceilings}")
+
+
+if __name__ == "__main__":
+    main()
