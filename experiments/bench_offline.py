@@ -1,11 +1,11 @@
-"""Time whole jobs on the engine: dummy weights, random token ids, greedy, fixed output lengths.
+r"""Time whole jobs on the engine: dummy weights, random token ids, greedy, fixed output lengths.
 
-    python experiments/bench_offline.py --config experiments/shapes/qwen3_32b.yaml \\
+    python experiments/bench_offline.py --config experiments/shapes/qwen3_32b.yaml \
         --case 512,1024,256 --case 512,128,1024 --out experiments/results/offline.json
 
-``--case N,IN,OUT`` is N requests of IN prompt and OUT output tokens; ``--case @lens.json`` reads a list
-of ``[in, out]`` pairs. Prints, per case, throughput beside the floor for the same work, which comes from the
-matrix and copy rates measured in the same run.
+``--case N,IN,OUT`` is N requests of IN prompt and OUT output tokens; ``--case @lens.json`` reads a
+list of ``[in, out]`` pairs. Prints, per case, throughput beside the floor for the same work, which
+comes from the matrix and copy rates measured in the same run.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Models in Flax NNX: architecture, layers, and the names that checkpoints use."""

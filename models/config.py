@@ -119,7 +119,8 @@ class ModelConfig:
         path = folder / "config.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"no config.json in {folder}: `model` must be a folder with a Hugging Face checkpoint"
+                f"no config.json in {folder}: `model` must be a folder with a Hugging Face "
+                f"checkpoint"
             )
         values = json.loads(path.read_text())
         generation = folder / "generation_config.json"
@@ -198,7 +199,8 @@ def _refuse_unsupported(values: Mapping[str, Any], architecture: str) -> None:
     layer_types = values.get("layer_types") or []
     sliding = any(kind != "full_attention" for kind in layer_types) or bool(
         # Qwen's configs carry a window that is off unless `use_sliding_window` says otherwise.
-        values.get("sliding_window") and values.get("use_sliding_window", "Qwen" not in architecture)
+        values.get("sliding_window")
+        and values.get("use_sliding_window", "Qwen" not in architecture)
     )
     biased = architecture != "Qwen2ForCausalLM" and values.get("attention_bias", False)
     problems = {

@@ -17,7 +17,7 @@ from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.layers import Axes, Linear, RMSNorm, rms_norm, rope_inverse_frequencies, rotate
 
 LayerParams = dict[str, jax.Array | jax.ShapeDtypeStruct]
-"""The parameters of one layer by name, for example ``{"qkv.kernel": ...}``; or their description."""
+"""The parameters of one layer by name, ``{"qkv.kernel": ...}``; or descriptions of them."""
 
 
 class DecoderLayer(nnx.Module):
@@ -138,7 +138,9 @@ def bind_layer(config: ModelConfig, params: LayerParams) -> DecoderLayer:
 
 
 def embed(
-    embedding: Float[Array, "rows hidden"], tokens: Int[Array, "tokens"], first: int | Int[Array, ""]
+    embedding: Float[Array, "rows hidden"],
+    tokens: Int[Array, "tokens"],
+    first: int | Int[Array, ""],
 ) -> Float[Array, "tokens hidden"]:
     """Looks tokens up in one shard of the embedding; tokens of other shards give zeros.
 

@@ -110,7 +110,7 @@ def _model_and_program(config: EngineConfig) -> tuple[ModelConfig, StepProgram]:
 
 
 def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
-    """The implementation of attention and cache update; kernels are checked before they are used."""
+    """The implementation of attention and cache update; kernels are checked before use."""
     device = mesh.local_devices[0]
     chosen = config.attention
     if chosen == "auto":

@@ -80,9 +80,9 @@ class _Launched:
 class Engine:
     """Generates tokens for requests over all replicas of a pool.
 
-    ``step`` sends step ``n + 1`` to the devices before it looks at what step ``n`` sampled, so
-    the devices never wait for the host; that a sequence has ended is therefore known one step late, and
-    the token that was computed in vain is dropped.
+    ``step`` sends step ``n + 1`` to the devices before it looks at what step ``n`` sampled, so the
+    devices never wait for the host; that a sequence has ended is therefore known one step late,
+    and the token that was computed in vain is dropped.
 
     Args:
         runner: The devices and their programs, warmed up.
@@ -249,7 +249,9 @@ class Engine:
         return finished
 
     def _launch(self, plan: StepPlan) -> _Launched:
-        batch = next(shape for shape in self.runner.shapes.batches if shape.tokens >= plan.max_tokens)
+        batch = next(
+            shape for shape in self.runner.shapes.batches if shape.tokens >= plan.max_tokens
+        )
         self._decision, switch = self.policy.decide(self._decision, batch.tokens)
         if switch is not None:
             self.stats.switches.append(switch)

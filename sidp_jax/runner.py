@@ -82,7 +82,9 @@ class Runner:
         """
         started = time.monotonic()
         pool = self.program.layout.pool_size
-        lowered = {key: self._lower_forward(*key) for key in product(self.modes, self.shapes.batches)}
+        lowered = {
+            key: self._lower_forward(*key) for key in product(self.modes, self.shapes.batches)
+        }
         samplers = {variant: self._lower_sampler(variant) for variant in VARIANTS}
         new_state = jax.jit(
             lambda: jax.tree.map(

@@ -1,8 +1,8 @@
 """The programs of one step: embed -> layers -> logits, and logits -> sampled tokens.
 
-Both are one ``jax.shard_map`` over the whole mesh; nothing but token ids and log probabilities leaves
-the devices. They are two programs so that the sampler's variants do not multiply with
-the modes and the shapes of the batch: the sampler always sees the widest shape.
+Both are one ``jax.shard_map`` over the whole mesh; nothing but token ids and log probabilities
+leaves the devices. They are two programs so that the sampler's variants do not multiply with the
+modes and the shapes of the batch: the sampler always sees the widest shape.
 """
 
 from __future__ import annotations

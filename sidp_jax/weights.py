@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from sidp_jax.models.decoder import LayerParams, layer_spec
 from sidp_jax.pool import PoolLayout, padded_vocab
 
 LayerLoop = Literal["scan", "unrolled"]
-"""``scan``: layers stacked on an axis, one loop body in the program. ``unrolled``: an array each."""
+"""``scan``: layers stacked on an axis, one loop body. ``unrolled``: an array for each layer."""
 
 LayerStack = LayerParams | tuple[LayerParams, ...]
 """Several layers: arrays with one more axis (scan), or one dict for each (unrolled)."""

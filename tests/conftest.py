@@ -14,11 +14,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="sidp_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("sidp_jax", "beartype.beartype")
-
-from hypothesis import settings
 
 # Runs are reproducible, and a slow machine is no failure.
 settings.register_profile("sidp_jax", deadline=None, derandomize=True, max_examples=50)

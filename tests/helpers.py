@@ -127,9 +127,7 @@ def make_engine(
     )
     shape = LayerShape(1 << 20, 1e6, 128, 512, 128)
     policy = policy_type(modes, pool_size, shape, load_profile("h200"))
-    return Engine(
-        runner, scheduler, policy, max_model_len=max_model_len, seed=0, tokenizer=None
-    )
+    return Engine(runner, scheduler, policy, max_model_len=max_model_len, seed=0, tokenizer=None)
 
 
 def run_requests(engine: Engine, requests: dict, *, every_step=lambda: None) -> dict:

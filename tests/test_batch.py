@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidp_jax.batch import NO_SLOT, BatchLayout, StepBatch, build_batch, token_buckets, unpack, widen
+from sidp_jax.batch import (
+    NO_SLOT,
+    BatchLayout,
+    StepBatch,
+    build_batch,
+    token_buckets,
+    unpack,
+    widen,
+)
 from sidp_jax.request import SamplingParams, Sequence
 from sidp_jax.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
 

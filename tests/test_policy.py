@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +53,7 @@ def test_no_mode_is_kept_that_costs_over_5_percent_more(tokens):
     modes, switches = run(p, tokens)
     for mode, count in zip(modes, tokens, strict=True):
         assert p.seconds(mode, count) <= 1.05 * min(p.seconds(WAS, count), p.seconds(CAS, count))
-    changes = sum(a != b for a, b in zip(modes, modes[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(modes))
     assert changes == len(switches)
 
 

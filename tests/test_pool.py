@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,9 @@ def test_every_layer_has_one_place(layout):
 
 @given(layouts())
 def test_owners_share_the_work_evenly(layout):
-    counts = [sum(layout.owner(layer) == o for layer in layout.pooled) for o in range(layout.pool_size)]
+    counts = [
+        sum(layout.owner(layer) == o for layer in layout.pooled) for o in range(layout.pool_size)
+    ]
     assert max(counts) - min(counts) <= 1
     assert layout.rows == max(counts)
 
@@ -34,13 +38,13 @@ def test_resident_layers_are_spread_evenly_from_layer_0(layout):
     if layout.resident:
         assert layout.resident[0] == 0
         edges = [*layout.resident, layout.num_layers]
-        gaps = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        gaps = [end - start for start, end in pairwise(edges)]
         assert max(gaps) - min(gaps) <= 1
 
 
 def test_striping_without_resident_layers():
     layout = PoolLayout(80, 6)
-    assert all((layout.owner(l), layout.row(l)) == (l % 6, l // 6) for l in range(80))
+    assert all((layout.owner(i), layout.row(i)) == (i % 6, i // 6) for i in range(80))
     assert layout.rows == 14
     assert [layout.layer_at(13, owner) for owner in range(6)] == [78, 79, None, None, None, None]
 
@@ -71,9 +75,10 @@ def test_bytes_of_qwen72b_over_eight():
         dtype_bytes=2,
     )
     assert got == 10 * layer + 2 * 152064 // 8 * 8192 * 2 + 8192 * 2
-    assert kv_bytes_per_page(
-        num_layers=80, num_kv_heads=8, head_dim=128, page_size=64, dtype_bytes=2
-    ) == 64 * 327680
+    assert (
+        kv_bytes_per_page(num_layers=80, num_kv_heads=8, head_dim=128, page_size=64, dtype_bytes=2)
+        == 64 * 327680
+    )
 
 
 def test_vocabulary_padding():

@@ -2,8 +2,7 @@
 
 The owner runs both halves of the layer for every replica; queries, keys and values go home in
 between, since a request's KV cache never leaves its home. One replica works and the others wait, so
-this pays when a step has few tokens: the tail of a job. Source: section 4 of the SiDP paper
-(arXiv 2605.28095).
+this pays when a step has few tokens: the tail of a job. Source: the SiDP paper (arXiv 2605.28095).
 """
 
 from __future__ import annotations
@@ -87,8 +86,8 @@ def _on_owner(
 ) -> jax.Array:
     """The function's value on the owner, zeros elsewhere.
 
-    On a GPU a branch on the device's own index reads a predicate back to the host at every layer, so
-    there all replicas compute on what they hold and the others' result is dropped.
+    On a GPU a branch on the device's own index reads a predicate back to the host at every layer,
+    so there all replicas compute on what they hold and the others' result is dropped.
     """
     mine = jax.lax.axis_index(POOL) == owner
     if platform == "gpu":

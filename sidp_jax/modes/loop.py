@@ -140,9 +140,9 @@ def loop_rows(
 ) -> Carry:
     """Runs ``body`` for every row of the slab, a super-step each.
 
-    Unrolled, rows are visited one by one. In the scan form each run of rows of the same
-    shape is one ``lax.scan`` over the row's number and the numbers of its layers; a row that differs
-    (the first, a partly absent last one, one with other resident layers) is visited by itself.
+    Unrolled, rows are visited one by one. In the scan form each run of rows of the same shape is
+    one ``lax.scan`` over the row's number and the numbers of its layers; a row that differs (the
+    first, a partly absent last one, one with other resident layers) is visited by itself.
 
     Args:
         slab: This replica's rows.

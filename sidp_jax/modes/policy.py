@@ -1,7 +1,7 @@
 """Which mode a step runs in: a pure function of numbers, with hysteresis. No jax.
 
-The cost of one layer in each mode is the model of section 7 of the design: dense compute ``c(T)`` of
-``T`` tokens, one read of the layer's weights, and what has to cross the link.
+The cost of one layer in each mode: the dense compute of the step's tokens or one read of the
+layer's weights, whichever takes longer, and what has to cross the link.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LayerShape:
 def layer_seconds(
     mode: str, tokens: int, pool_size: int, shape: LayerShape, hardware: Hardware
 ) -> float:
-    """Seconds for one pooled layer of a step, attention left out since it is the same in every mode.
+    """Seconds for one pooled layer of a step, without attention: it is the same in every mode.
 
     Args:
         mode: ``replicated``, ``was`` or ``cas``.

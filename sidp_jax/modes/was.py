@@ -2,8 +2,8 @@
 
 Two layer buffers exist at any time: the one in use and the one that arrives. A super-step
 fetches one row of the slab, so each replica sends one layer in it, and computes one layer behind:
-while layer ``l`` runs, layer ``l + 1`` arrives. The source is section 4 of the SiDP paper
-(arXiv 2605.28095); that a fetch is tied to the activations, and super-steps that touch one row alone, are ours.
+while layer ``l`` runs, layer ``l + 1`` arrives. Source: the SiDP paper (arXiv 2605.28095); that a
+fetch is tied to the activations, and super-steps that touch one row alone, are ours.
 """
 
 from __future__ import annotations
