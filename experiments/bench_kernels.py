@@ -1,6 +1,6 @@
 """Check and time the attention and cache kernels on one Hopper GPU, beside the machine's ceilings.
 
-    python experiments/bench_kernels.py --out results.json [--sweep] [--only decode,prefill]
+    python experiments/bench_kernels.py --out results.json [--only decode,prefill]
 
 Inputs are random, several layers of the cache take turns (so that the L2 cache does not flatter),
 memory is filled with NaN before each check, and every shape is compared with the float32
@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sidp_jax.kernels.kv_update import update_kv
-from sidp_jax.kernels.ragged_attention import ragged_attention_reference
-from sidp_jax.kernels.ragged_attention_mosaic import TuningConfig, ragged_attention_mosaic
+from sidp_jax.kernels.ragged_attention import ragged_attention, ragged_attention_reference
 
 LAYERS = 2
 CALLS = 8  # of one timed program, each with its own queries: equal calls would be merged
@@ -198,11 +197,11 @@ def time_attention(batch: Batch, attend) -> float:
     return seconds_of(program, *args, inner=4) / CALLS
 
 
-def mosaic(batch: Batch, config: TuningConfig | None = None):
-    """`ragged_attention` by the kernels, with a tuning."""
+def mosaic(batch: Batch):
+    """`ragged_attention` by the kernels."""
 
     def attend(q, *rest):
-        return ragged_attention_mosaic(q, *rest, scale=batch.scale, config=config)
+        return ragged_attention(q, *rest, scale=batch.scale, implementation="mosaic")
 
     return attend
 
@@ -254,7 +253,7 @@ def check_corners(report: dict) -> None:
         print(f"{'ok ' if good else 'BAD'} {case.name:34s} error {error:.2e} padding {rest}")
 
 
-def bench_attention(report: dict, only: tuple[str, ...], configs: dict) -> None:
+def bench_attention(report: dict, only: tuple[str, ...]) -> None:
     """Check and time the table's shapes."""
     cache = None
     for case in cases():
@@ -263,32 +262,26 @@ def bench_attention(report: dict, only: tuple[str, ...], configs: dict) -> None:
         if cache is None:
             cache = make_cache(cases()[3], 3, tokens=1_200_000)
         batch = Batch(case, cache, seed=5)
-        ceiling = report["ceilings"].get(case.unit)
-        for name, config in configs.items():
-            poison()
-            out = jax.jit(mosaic(batch, config))(batch.q[1], *batch.args(1))
-            error = batch.sample_error(out, 1)
-            del out
-            seconds = time_attention(batch, mosaic(batch, config))
-            row = {"case": case.name, "config": name, "error": error, "ms": seconds * 1e3}
-            row |= {"unit": case.unit, "figure": case.figure(seconds)}
-            row["ratio"] = row["figure"] / ceiling if ceiling else None
-            report["attention"].append(row)
-            print_row(row)
+        poison()
+        out = jax.jit(mosaic(batch))(batch.q[1], *batch.args(1))
+        error = batch.sample_error(out, 1)
+        del out
+        seconds = time_attention(batch, mosaic(batch))
+        add_row(report, case, "mosaic", seconds, error)
         if case.name.startswith("prefill"):
             seconds, error = cudnn_prefill(batch)
-            row = {"case": case.name, "config": "cuDNN, not paged", "error": error}
-            row |= {"ms": seconds * 1e3, "unit": case.unit, "figure": case.figure(seconds)}
-            row["ratio"] = row["figure"] / ceiling
-            report["attention"].append(row)
-            print_row(row)
+            add_row(report, case, "cuDNN, not paged", seconds, error)
 
 
-def print_row(row: dict) -> None:
-    """One line of the table."""
-    ratio = f"{row['ratio']:.2f} of ceiling" if row["ratio"] else ""
-    line = f"{row['case']:32s} {row['config']:22s} {row['figure']:8.3f} {row['unit']:8s}"
-    print(f"{line} {row['ms']:8.3f} ms  error {row['error']:.1e}  {ratio}", flush=True)
+def add_row(report: dict, case: Case, kernel: str, seconds: float, error: float) -> None:
+    """Put one measurement into the report and print it."""
+    figure, ceiling = case.figure(seconds), report["ceilings"].get(case.unit)
+    row = {"case": case.name, "kernel": kernel, "error": error, "ms": seconds * 1e3}
+    row |= {"unit": case.unit, "figure": figure, "ratio": figure / ceiling if ceiling else None}
+    report["attention"].append(row)
+    ratio = f"{row['ratio']:.2f} of ceiling" if ceiling else ""
+    line = f"{case.name:32s} {kernel:18s} {figure:8.3f} {case.unit:8s}"
+    print(f"{line} {row['ms']:8.3f} ms  error {error:.1e}  {ratio}", flush=True)
 
 
 def bench_update(report: dict) -> None:
@@ -331,27 +324,22 @@ def bench_update(report: dict) -> None:
             print("kv_update", row, flush=True)
 
 
-def sweep() -> dict[str, TuningConfig]:
-    """Tunings to compare."""
-    return {
-        "overlap": TuningConfig(),
-        "in turns": TuningConfig(prefill_overlap=False),
-    }
-
-
 def main() -> None:
     """Run what was asked for and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="beginnings of case names, or 'corners', 'kv'")
-    parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args()
     only = tuple(word for word in args.only.split(",") if word)
     device = jax.devices()[0]
     report = {
-        "machine": f"{device.device_kind}",
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "command": " ".join(["python", *sys.argv]),
+        "machine": device.device_kind,
+        "versions": {
+            "jax": jax.__version__,
+            "platform": " ".join(device.client.platform_version.split()),
+            "python": sys.version.split()[0],
+        },
+        "command": f"python experiments/bench_kernels.py --only '{args.only}'",
         "date": datetime.date.today().isoformat(),
         "ceilings": ceilings(),
         "checks": [],
@@ -361,8 +349,7 @@ def main() -> None:
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
     report["nvidia_smi"] = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
     print(json.dumps(report["ceilings"]), report["nvidia_smi"], flush=True)
-    configs = sweep() if args.sweep else {"default": TuningConfig()}
-    parts = [lambda: bench_attention(report, only, configs)]
+    parts = [lambda: bench_attention(report, only)]
     if not only or "kv" in only:
         parts.append(lambda: bench_update(report))
     if not only or "corners" in only:

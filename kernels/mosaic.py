@@ -22,8 +22,8 @@ def gpu_kernel(
     """Build a kernel over a line of thread blocks, called "block"; its threads are "wg".
 
     The same as `plgpu.kernel` without its rule for `vmap`, which in jax 0.10 loses the effect on a
-    mutable array that is passed in. Arguments may be such arrays (`jax.new_ref`); they are written
-    in place.
+    mutable array that is passed in. Arguments may be such arrays (`in_place`); they are written in
+    place. Inside `jax.shard_map` these kernels need `check_vma=False`.
     """
     threads = {} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "wg"}
     mesh = plgpu.Mesh(grid=(grid,), grid_names=("block",), **threads)

@@ -28,6 +28,9 @@ def ragged_attention(
 ) -> Float[Array, "tokens heads head_dim"]:
     """Causal attention of a ragged batch of queries to paged K and V.
 
+    Slots past a row's context, in its last page, are masked; "mosaic" multiplies what lies there by
+    zero, so that it must be finite: allocate the cache as zeros.
+
     Args:
         q: queries of all rows, one after the other. Head `k * G + g` uses K/V head `k`.
         k_pages: keys of all layers.

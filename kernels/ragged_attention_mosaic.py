@@ -6,9 +6,11 @@ Two kernels share one entry, `ragged_attention_mosaic`:
   into equal pieces, one per worker; so lengths do not matter for balance, and long sequences are
   split. A pair cut by a boundary leaves partial results, which a third, small kernel merges.
   (Stream-K: Osama et al. 2023; merging by log-sum-exp: Dao et al., Flash-Decoding, 2023.)
-- prefill: rows with more queries, FlashAttention 3 (Shah et al. 2024) without its overlap inside a
-  warpgroup: one producer warpgroup moves K and V through a ring in shared memory, two consumers
-  take turns on the tensor cores and in the softmax.
+- prefill: rows with more queries, FlashAttention 3 (Shah et al. 2024): one producer warpgroup moves
+  K and V through a ring in shared memory, two consumers take turns on the tensor cores and in the
+  softmax. Its second overlap, of one tile's scores with the values of the tile before inside a
+  warpgroup, was 7% slower here: the compiler serialises it unless the weights go through shared
+  memory.
 
 Which row goes where is decided on the device, by a plan of a few small integer arrays. The plan
 depends on the batch alone: XLA computes it once for all layers of a step.
@@ -29,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from sidp_jax.kernels.mosaic import gpu_kernel, in_place
 
 ROWS = 64  # rows of one wgmma
+MIN_TILES = 8  # of a decode worker that has work, if there is enough of it
 LOG2E = math.log2(math.e)
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
@@ -52,7 +55,6 @@ class TuningConfig:
     decode_stages: int = 3
     prefill_block_kv: int = 128
     prefill_stages: int = 2
-    prefill_overlap: bool = True
 
     def __post_init__(self):
         for name in ("decode_block_kv", "prefill_block_kv"):
@@ -105,7 +107,7 @@ def decode_plan(
     block_kv: int,
     workers: int,
 ) -> DecodePlan:
-    """Cut the tiles of all decode rows into `workers` equal pieces."""
+    """Cut the tiles of all decode rows into at most `workers` equal pieces."""
     seqs = context_lens.shape[0]
     is_decode = (query_starts[1:] - query_starts[:-1] == 1) & (context_lens > 0)
     row = jnp.argsort(~is_decode, stable=True).astype(jnp.int32)
@@ -113,9 +115,11 @@ def decode_plan(
     tiles = jnp.where(is_decode[row], _cdiv(context, block_kv), 0)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(tiles * kv_heads)])
     starts = starts.astype(jnp.int32)
-    share, rest = starts[-1] // workers, starts[-1] % workers
+    # Little work is cut into fewer pieces: merging many costs more than it saves.
+    used = jnp.clip(starts[-1] // MIN_TILES, 1, workers)
+    share, rest = starts[-1] // used, starts[-1] % used
     worker = jnp.arange(workers + 1, dtype=jnp.int32)
-    worker_starts = worker * share + jnp.minimum(worker, rest)
+    worker_starts = jnp.minimum(worker, used) * share + jnp.minimum(worker, rest)
     worker_rows = jnp.sum(worker_starts[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
     worker_rows = jnp.minimum(worker_rows, seqs - 1)
     return DecodePlan(query_starts[row], row, context, tiles, starts, worker_starts, worker_rows)
@@ -528,8 +532,8 @@ def _prefill_kernel(
     interpret: bool,
 ):
     plan = PrefillPlan(*refs[:7])
-    out_ref, q_smem, o_smem, p_smem, k_smem, v_smem = refs[7:13]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[13:]
+    out_ref, q_smem, o_smem, k_smem, v_smem = refs[7:12]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[12:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
@@ -604,15 +608,10 @@ def _prefill_kernel(
         plgpu.set_max_registers(232, action="increase")
 
         def take_turn():
-            plgpu.barrier_arrive(turn.at[2])
-            plgpu.barrier_wait(turn.at[2])
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
 
-        if config.prefill_overlap:
-            # The warpgroups issue their products one after the other, so that one's softmax
-            # lies under the other's products.
-            pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-        else:
-            pl.when(wg == 1)(take_turn)
+        pl.when(wg == 1)(take_turn)
 
         def body(carry):
             round_, step = carry
@@ -620,18 +619,6 @@ def _prefill_kernel(
             token, q_head = place_of(first_head, token, wg)
             shift = context - end + token  # position of the first row's query
             pl.when(steps > 0)(lambda: plgpu.barrier_wait(q_full.at[wg]))
-
-            def slot_of(i):
-                return lax.rem(step + i, jnp.int32(stages))
-
-            def mask(qk, i):
-                query = shift + _iota((ROWS, block), 0, interpret=interpret)
-                key = i * block + _iota((ROWS, block), 1, interpret=interpret)
-                return jnp.where(query >= key, qk, -jnp.inf)
-
-            def after_scores(i):
-                plgpu.barrier_arrive(k_free.at[slot_of(i)])
-                pl.when(i == steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
 
             def tile(i, state, masked: bool):
                 acc, peak, total = state
@@ -644,7 +631,10 @@ def _prefill_kernel(
                 # Not after the loop: the other warpgroup, which this one waits for below, may need
                 # the next item's tiles first, and the producer sends the queries before them.
                 pl.when(i == steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-                qk = mask(qk, i) if masked else qk
+                if masked:
+                    query = shift + _iota((ROWS, block), 0, interpret=interpret)
+                    key = i * block + _iota((ROWS, block), 1, interpret=interpret)
+                    qk = jnp.where(query >= key, qk, -jnp.inf)
                 weights, acc, peak, total = _softmax_step(qk, acc, peak, total, factor)
                 rounded = weights.astype(q_ref.dtype)
                 total = total + weights.sum(axis=1)
@@ -652,99 +642,18 @@ def _prefill_kernel(
                     acc, total, peak, rounded = lax.optimization_barrier(
                         (acc, total, peak, rounded)
                     )
-                plgpu.barrier_arrive(turn.at[2])
+                plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(turn.at[2])
+                plgpu.barrier_wait(turn)
                 acc = _add_values(acc, rounded, v_smem.at[slot], interpret=interpret)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, peak, total
 
-            def first_tile(_, state):
-                acc, peak, total = state
-                plgpu.barrier_wait(k_full.at[slot_of(0)])
-                plgpu.barrier_wait(turn.at[wg])
-                qk = _scores(
-                    q_smem.at[wg],
-                    k_smem.at[slot_of(0)],
-                    block,
-                    lambda: plgpu.barrier_arrive(turn.at[1 - wg]),
-                    interpret=interpret,
-                )
-                after_scores(0)
-                weights, acc, peak, total = _softmax_step(mask(qk, 0), acc, peak, total, factor)
-                p_smem[wg] = weights.astype(q_ref.dtype)
-                plgpu.commit_smem()
-                return acc, peak, total + weights.sum(axis=1)
-
-            def next_tile(i, state, masked: bool):
-                """Scores of tile `i` under way with the values of tile `i - 1`."""
-                acc, peak, total = state
-                keys, values = k_smem.at[slot_of(i)], v_smem.at[slot_of(i - 1)]
-                plgpu.barrier_wait(k_full.at[slot_of(i)])
-                plgpu.barrier_wait(v_full.at[slot_of(i - 1)])
-                plgpu.barrier_wait(turn.at[wg])
-
-                def softmax(qk):
-                    after_scores(i)
-                    qk = mask(qk, i) if masked else qk
-                    new_peak = jnp.maximum(peak, qk.max(axis=1) * factor)
-                    weights = jnp.exp2(qk * factor - _over_keys(new_peak, qk.shape))
-                    shrink = jnp.exp2(peak - new_peak)
-                    sums = total * shrink + weights.sum(axis=1)
-                    return weights.astype(q_ref.dtype), shrink, new_peak, sums
-
-                if interpret:
-                    plgpu.barrier_arrive(turn.at[1 - wg])
-                    result = softmax(
-                        jnp.dot(q_smem[wg], keys[...].T, preferred_element_type=jnp.float32)
-                    )
-                    acc = _add_values(acc, p_smem[wg], values, interpret=True)
-                else:
-
-                    def scope(scores_ref, acc_ref):
-                        acc_ref[...] = acc
-                        plgpu.wgmma(scores_ref, q_smem.at[wg], keys.transpose((1, 0)))
-                        plgpu.wgmma(acc_ref, p_smem.at[wg], values)
-                        plgpu.barrier_arrive(turn.at[1 - wg])
-                        scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                        result = lax.optimization_barrier(softmax(scores))
-                        return result, acc_ref[...]
-
-                    result, acc = pl.run_scoped(
-                        scope,
-                        plgpu.ACC((ROWS, block), jnp.float32),
-                        plgpu.ACC((ROWS, head_dim), jnp.float32),
-                    )
-                weights, shrink, peak, total = result
-                plgpu.barrier_arrive(v_free.at[slot_of(i - 1)])
-                p_smem[wg] = weights
-                plgpu.commit_smem()
-                return acc * _over_keys(shrink, acc.shape), peak, total
-
-            def last_values(_, acc):
-                slot = slot_of(steps - 1)
-                plgpu.barrier_wait(v_full.at[slot])
-                weights = p_smem[wg] if interpret else p_smem.at[wg]
-                acc = _add_values(acc, weights, v_smem.at[slot], interpret=interpret)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc
-
             whole = jnp.clip(lax.div(jnp.maximum(shift + 1, 0), jnp.int32(block)), 0, steps)
             state = _start_state(head_dim, interpret=interpret)
-            if config.prefill_overlap:
-                once = jnp.minimum(steps, 1)
-                state = lax.fori_loop(0, once, first_tile, state)
-                whole = jnp.maximum(whole, once)
-                state = lax.fori_loop(1, whole, functools.partial(next_tile, masked=False), state)
-                state = lax.fori_loop(
-                    jnp.maximum(whole, 1), steps, functools.partial(next_tile, masked=True), state
-                )
-                acc, _, total = state
-                acc = lax.fori_loop(0, once, last_values, acc)
-            else:
-                state = lax.fori_loop(0, whole, functools.partial(tile, masked=False), state)
-                state = lax.fori_loop(whole, steps, functools.partial(tile, masked=True), state)
-                acc, _, total = state
+            state = lax.fori_loop(0, whole, functools.partial(tile, masked=False), state)
+            state = lax.fori_loop(whole, steps, functools.partial(tile, masked=True), state)
+            acc, _, total = state
             total = jnp.where(total == 0.0, 1.0, total)
             acc = acc * _over_keys(1.0 / total, acc.shape)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -754,10 +663,7 @@ def _prefill_kernel(
             return round_ + 1, step + steps
 
         lax.while_loop(lambda c: item_of(c[0]) < num_items, body, (jnp.int32(0), jnp.int32(0)))
-        if config.prefill_overlap:
-            pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
-        else:
-            pl.when(wg == 0)(take_turn)
+        pl.when(wg == 0)(take_turn)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -958,7 +864,6 @@ def _call_prefill(out_ref, q, shared, plan, static, interpret):
         scratch=[
             _ring((2, ROWS, head_dim), q.dtype),
             plgpu.SMEM((2, ROWS, head_dim), q.dtype),
-            _ring((2, ROWS, block), q.dtype),
             _ring((stages, block, head_dim), q.dtype),
             _ring((stages, block, head_dim), q.dtype),
             plgpu.Barrier(num_barriers=2),
@@ -967,7 +872,7 @@ def _call_prefill(out_ref, q, shared, plan, static, interpret):
             full,
             free,
             free,
-            plgpu.Barrier(num_arrivals=1 if config.prefill_overlap else 2, num_barriers=3),
+            plgpu.Barrier(num_arrivals=2),
         ],
         grid=config.num_sms,
         warpgroups=3,

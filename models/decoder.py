@@ -5,6 +5,7 @@ weights are and the attention where the KV cache is. So the model knows no mode,
 no kernel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,17 +85,20 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "tokens hidden"],
         attended: Float[Array, "tokens heads head_dim"],
+        reduce: Callable[[jax.Array], jax.Array] = lambda partial: partial,
     ) -> Float[Array, "tokens hidden"]:
         """Projects the attention's result into the residual stream and adds the feed-forward part.
 
         Args:
             x: The residual stream as ``pre_attention`` got it.
             attended: The attention's result, query heads in the order of ``pre_attention``.
+            reduce: Adds up the partial results of devices that hold parts of the heads and of the
+                feed-forward layer each.
         """
         groups = attended.reshape(x.shape[0], -1, self.num_queries, attended.shape[-1])
-        x = x + self.out(groups)
+        x = x + reduce(self.out(groups))
         gate, up = jnp.moveaxis(self.gate_up(self.post_norm(x)), 1, 0)
-        return x + self.down(jax.nn.silu(gate) * up)
+        return x + reduce(self.down(jax.nn.silu(gate) * up))
 
 
 @dataclass(frozen=True)

@@ -103,10 +103,24 @@ def _model_and_program(config: EngineConfig) -> tuple[ModelConfig, StepProgram]:
         resident = model.num_layers if everywhere else config.resident_layers
         layout = PoolLayout(model.num_layers, config.pool_size, resident)
         mesh = make_mesh(config.pool_size, config.tensor_parallel_size)
+        _check_tensor_parallel(config, model)
         attention = _attention(config, model, mesh)
     except (FileNotFoundError, KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
     return model, StepProgram(model, layout, mesh, attention)
+
+
+def _check_tensor_parallel(config: EngineConfig, model: ModelConfig) -> None:
+    size = config.tensor_parallel_size
+    for what, count in (
+        ("key and value heads", model.num_kv_heads),
+        ("columns of the feed-forward layer", model.intermediate_size),
+    ):
+        if count % size:
+            raise ConfigError(
+                f"tensor_parallel_size={size} must divide the model's {count} {what}; lower it and "
+                f"raise pool_size instead"
+            )
 
 
 def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
@@ -117,8 +131,8 @@ def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
         chosen = "reference" if device.platform == "cpu" else "mosaic"
     if chosen == "mosaic":
         errors = self_check(
-            heads=model.num_heads,
-            kv_heads=model.num_kv_heads,
+            heads=model.num_heads // config.tensor_parallel_size,
+            kv_heads=model.num_kv_heads // config.tensor_parallel_size,
             head_dim=model.head_dim,
             page_size=config.page_size,
             dtype=jnp.dtype(config.dtype),
@@ -224,12 +238,13 @@ def _policy(
     matrices = sum(
         prod(spec.shape) for name, spec in layer_spec(model).items() if name.endswith("kernel")
     )
+    size = config.tensor_parallel_size
     shape = LayerShape(
-        weight_bytes=parameters * item,
-        flops_per_token=2.0 * matrices,
+        weight_bytes=parameters * item // size,
+        flops_per_token=2.0 * matrices / size,
         activation_bytes=model.hidden_size * item,
-        qkv_bytes=(model.num_heads + 2 * model.num_kv_heads) * model.head_dim * item,
-        attended_bytes=model.num_heads * model.head_dim * item,
+        qkv_bytes=(model.num_heads + 2 * model.num_kv_heads) * model.head_dim * item // size,
+        attended_bytes=model.num_heads * model.head_dim * item // size,
     )
     name = config.hardware
     if name == "auto":

@@ -37,9 +37,9 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         "set it to the number of replicas that share the weights",
     ),
     "tensor_parallel_size": (
-        "1, the only value supported so far",
-        lambda x: x == 1,
-        "raise pool_size instead: the pool spreads the weights over the devices, too",
+        "at least 1",
+        lambda x: x >= 1,
+        "set it to the devices that one replica spreads its heads over",
     ),
     "resident_layers": (
         "at least 0",
@@ -97,7 +97,7 @@ class EngineConfig:
             ``dummy`` draws small random weights.
         dtype: Type of weights, activations and KV cache.
         pool_size: Replicas that share one copy of the layers.
-        tensor_parallel_size: Devices of one replica.
+        tensor_parallel_size: Devices of one replica, over which its heads are spread.
         mode: How a layer that a replica does not own is run; ``auto`` picks it step by step.
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.

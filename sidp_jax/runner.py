@@ -225,7 +225,7 @@ def num_pages_that_fit(
     config = program.config
     page = kv_bytes_per_page(
         num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=config.num_kv_heads // program.tensor_size,
         head_dim=config.head_dim,
         page_size=page_size,
         dtype_bytes=jnp.dtype(kv_dtype).itemsize,

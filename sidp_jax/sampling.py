@@ -334,7 +334,7 @@ def _largest_threshold(
     """The largest t for which the summed measure of the weights that are at least t is enough.
 
     Floats in [0, 1] are ordered as their bits are, so t is found digit by digit, by ten passes of
-    seven sums each: a pass over the vocabulary is bound by memory, and seven sums hide behind it.
+    seven sums each: three bits a pass balance reading the weights against comparing them.
     """
 
     def find_digit(i: Int[Array, ""], bits: Int[Array, "rows"]) -> Int[Array, "rows"]:

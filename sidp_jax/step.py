@@ -21,7 +21,7 @@ from sidp_jax.batch import BatchLayout, StepBatch, unpack, widen
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
 from sidp_jax.kv_cache import KV_PARTITION, KVCache
-from sidp_jax.mesh import POOL
+from sidp_jax.mesh import POOL, TENSOR
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import embed, head_logits
 from sidp_jax.modes import cas, replicated, was
@@ -54,6 +54,11 @@ class StepProgram:
     layout: PoolLayout
     mesh: Mesh
     attention: str
+
+    @property
+    def tensor_size(self) -> int:
+        """Devices of one replica."""
+        return self.mesh.shape[TENSOR]
 
     @property
     def platform(self) -> str:
@@ -162,16 +167,21 @@ def _forward(
         return attended, kv
 
     context = LayerContext(
-        program.config, program.layout, batch.positions, attend, program.platform
+        program.config,
+        program.layout,
+        batch.positions,
+        attend,
+        program.platform,
+        program.tensor_size,
     )
     with jax.named_scope("embed"):
-        x = _embed(weights.embedding, tokens)
+        x = _embed(context, weights.embedding, tokens)
     mine = KVCache(kv.k[0], kv.v[0])
     x, mine = RUN_LAYERS[mode](context, weights, x, mine)
     with jax.named_scope("head"):
         # There are no more rows with a token than tokens; the others' logits stay zeros.
         rows = batch.logit_rows[: batch_layout.tokens]
-        logits = _logits(program.config, weights, x[rows])
+        logits = _logits(context, weights, x[rows])
         logits = jnp.pad(logits, ((0, batch_layout.seqs - rows.size), (0, 0)))
     fed = _with_tokens(buffer[0], tokens, batch_layout, widest)
     return Forwarded(KVCache(mine.k[None], mine.v[None]), logits[None], fed[None])
@@ -202,22 +212,29 @@ def _resolve_tokens(batch: StepBatch, last_tokens: Int[Array, "slots"]) -> Int[A
 
 
 def _embed(
-    embedding: Float[Array, "rows hidden"], tokens: Int[Array, "tokens"]
+    context: LayerContext, embedding: Float[Array, "rows hidden"], tokens: Int[Array, "tokens"]
 ) -> Float[Array, "tokens hidden"]:
-    """Every replica looks all tokens up in its part of the vocabulary; the parts are added up."""
+    """Every device looks all tokens up in its part of the vocabulary; the parts are added up."""
     everyone = jax.lax.all_gather(tokens, POOL, tiled=True)
-    first = jax.lax.axis_index(POOL) * embedding.shape[0]
-    return jax.lax.psum_scatter(embed(embedding, everyone, first), POOL, tiled=True)
+    place = jax.lax.axis_index(POOL) * context.tensor_size + jax.lax.axis_index(TENSOR)
+    part = embed(embedding, everyone, place * embedding.shape[0])
+    return context.reduce(jax.lax.psum_scatter(part, POOL, tiled=True))
 
 
 def _logits(
-    config: ModelConfig, weights: Weights, x: Float[Array, "rows hidden"]
+    context: LayerContext, weights: Weights, x: Float[Array, "rows hidden"]
 ) -> Float[Array, "rows vocab"]:
-    """Every replica computes its part of the vocabulary for all rows; the parts go home."""
+    """Every device computes its part of the vocabulary for all rows; the parts go home."""
     everyone = jax.lax.all_gather(x, POOL, tiled=True)
     head = weights.embedding if weights.head is None else weights.head
-    part = head_logits(everyone, weights.final_norm, head, config.rms_norm_eps)
-    return jax.lax.all_to_all(part, POOL, split_axis=0, concat_axis=1, tiled=True)
+    part = head_logits(everyone, weights.final_norm, head, context.config.rms_norm_eps)
+    home = jax.lax.all_to_all(part, POOL, split_axis=0, concat_axis=1, tiled=True)
+    if context.tensor_size == 1:
+        return home
+    # The vocabulary is cut by replica first, then by the devices of a replica.
+    parts = home.reshape(x.shape[0], context.layout.pool_size, head.shape[0])
+    whole = jax.lax.all_gather(parts, TENSOR, axis=2)
+    return whole.reshape(x.shape[0], -1)
 
 
 def _sample(

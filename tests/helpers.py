@@ -92,6 +92,7 @@ def make_engine(
     policy_type: type[Policy] = Policy,
     config: ModelConfig | None = None,
     pool_size: int = 2,
+    tensor_size: int = 1,
     resident_layers: int = 0,
     layer_loop: str = "scan",
     max_num_seqs: int = 4,
@@ -105,7 +106,7 @@ def make_engine(
     if modes == ("replicated",):
         resident_layers = config.num_layers
     layout = PoolLayout(config.num_layers, pool_size, resident_layers)
-    mesh = make_mesh(pool_size)
+    mesh = make_mesh(pool_size, tensor_size)
     shapes = RunnerShapes(
         batches=tuple(
             BatchLayout(tokens, max_num_seqs, max_model_len // page_size, 17)

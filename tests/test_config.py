@@ -87,7 +87,7 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
         ("pool_size", True, r"pool_size=True must be an integer"),
         ("pool_size", 2.5, r"pool_size=2.5 must be an integer"),
         ("pool_size", None, r"pool_size=None must be an integer"),
-        ("tensor_parallel_size", 2, r"tensor_parallel_size=2 must be 1.*raise pool_size"),
+        ("tensor_parallel_size", 0, "tensor_parallel_size=0 must be at least 1"),
         ("mode", "wass", r"mode='wass' must be one of auto, replicated, was, cas.*'was'"),
         ("layer_loop", "rolled", r"layer_loop='rolled' must be one of auto, scan, unrolled"),
         ("dtype", "fp8", r"dtype='fp8' must be one of bfloat16, float32"),

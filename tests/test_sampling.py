@@ -308,6 +308,15 @@ def test_frequencies_are_those_of_the_softmax(vary, vocab_size):
     assert deviation(tokens, softmax(row / 0.8)) > 5
 
 
+def test_group_mass_is_exact_where_frequencies_cannot_tell():
+    rng = np.random.default_rng(14)
+    weights = np.exp(-rng.uniform(0, 20, (5, 9, GROUP))).astype(np.float32)
+    weights *= 2.0 ** -rng.integers(0, 6, (5, 9, 1)).astype(np.float32)
+    weights[0, :3] = np.array([[0], [MIN_WEIGHT], [1]])
+    mass = sampling._group_mass(jnp.asarray(weights), jnp.asarray(weights.max(-1)))
+    np.testing.assert_allclose(mass, weights.sum(-1, dtype=np.float64), rtol=2e-6)
+
+
 def test_frequencies_of_what_is_kept():
     row = np.random.default_rng(8).normal(0, 2, 400).astype(np.float32)
     options = {"top_k": 60, "top_p": 0.9, "min_p": 0.01}

@@ -58,11 +58,14 @@ def _serve(
 ) -> tuple[jax.Array, KVCache]:
     """Runs one layer for all replicas on its owner, and attention at home."""
     bound = bind_layer(context.config, row)
-    heads = context.config.num_heads
-    kv_heads = context.config.num_kv_heads
+    heads = context.config.num_heads // context.tensor_size
+    kv_heads = context.config.num_kv_heads // context.tensor_size
 
     def pre_attention(x: jax.Array) -> jax.Array:
         return jnp.concatenate(bound.pre_attention(x, positions), axis=1)
+
+    def post_attention(x: jax.Array, attended: jax.Array) -> jax.Array:
+        return bound.post_attention(x, attended, context.reduce)
 
     with jax.named_scope("hop"):
         everyone = _gather(x)
@@ -76,7 +79,7 @@ def _serve(
     with jax.named_scope("hop"):
         attended = _gather(attended)
     with jax.named_scope("post_attention"):
-        y = _on_owner(owner, context.platform, bound.post_attention, everyone, attended)
+        y = _on_owner(owner, context.platform, post_attention, everyone, attended)
     with jax.named_scope("hop"):
         return _send_home(y), kv
 

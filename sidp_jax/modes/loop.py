@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sidp_jax.kv_cache import KVCache
+from sidp_jax.mesh import TENSOR
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import LayerParams, bind_layer
 from sidp_jax.pool import PoolLayout
@@ -36,6 +37,7 @@ class LayerContext:
         positions: Position of each token of this replica, ``[tokens]``.
         attend: Attention over this replica's KV cache.
         platform: ``cpu`` or ``gpu``: some collectives exist on one of them alone.
+        tensor_size: Devices of one replica, which share its heads and feed-forward layers.
     """
 
     config: ModelConfig
@@ -43,6 +45,11 @@ class LayerContext:
     positions: jax.Array
     attend: Attend
     platform: str
+    tensor_size: int = 1
+
+    def reduce(self, partial: jax.Array) -> jax.Array:
+        """The sum of what the devices of a replica have computed each."""
+        return partial if self.tensor_size == 1 else jax.lax.psum(partial, TENSOR)
 
     def run_layer(
         self, params: LayerParams, layer: Index, x: jax.Array, kv: KVCache
@@ -61,7 +68,7 @@ class LayerContext:
         with jax.named_scope("attention"):
             attended, kv = self.attend(q, k, v, kv, layer)
         with jax.named_scope("post_attention"):
-            return bound.post_attention(x, attended), kv
+            return bound.post_attention(x, attended, self.reduce), kv
 
 
 def take(stack: LayerStack, index: Index) -> LayerParams:
