@@ -1,3 +1,4 @@
+from bisect import bisect
 from itertools import pairwise
 
 import pytest
@@ -59,7 +60,8 @@ def test_no_mode_is_kept_that_costs_over_5_percent_more(tokens):
 
 def test_hysteresis_does_not_alternate_around_the_crossover():
     p = policy()
-    below = next(t for t in range(4096, 0, -1) if p.seconds(CAS, t) < p.seconds(WAS, t))
+    counts = range(1, 4096)
+    below = bisect(counts, False, key=lambda t: p.seconds(CAS, t) >= p.seconds(WAS, t))
     assert len(run(p, [below, below + 1] * 50)[1]) == 0
     eager = policy(margin=0.0)
     assert len(run(eager, [below, below + 1] * 50)[1]) > 50
