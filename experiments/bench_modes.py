@@ -3,9 +3,9 @@
     python experiments/bench_modes.py --model experiments/shapes/qwen2.5_72b --layers 8 \
         --pool-size 2 --tokens 16,256,1024,2048 --out experiments/results/modes.json
 
-Every replica prefills one sequence of so many tokens. Dummy weights. Prints, for each number of tokens,
-milliseconds per step and mode, the ratio to ``replicated`` (every layer local) with the same tokens, and
-whether the sampled tokens are equal.
+Every replica prefills one sequence of so many tokens, with dummy weights. Prints, for each number
+of tokens, milliseconds per step and mode, the ratio to ``replicated`` (every layer local) with
+the same tokens, and whether the sampled tokens are equal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from sidp_jax.scheduler import Scheduler, SchedulerConfig
 from sidp_jax.startup import start_jax
 
 PAGE_SIZE, ROWS = 64, 8
-GROUPS = (("replicated",), ("was", "cas"))  # modes that share one form of the weights
+# Modes that share one form of the weights.
+GROUPS = (("replicated",), ("was", "cas", "cas_staggered"))
 
 
 def prefill_step(pool_size: int, tokens: int, layout: BatchLayout) -> np.ndarray:

@@ -20,7 +20,7 @@ from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
-from sidp_jax.modes.policy import CAS, REPLICATED, WAS, LayerShape, Policy
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, LayerShape, Policy
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, num_pages_that_fit
@@ -156,9 +156,10 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 def _modes(config: EngineConfig) -> tuple[str, ...]:
     """The modes that steps may run in; in a pool of one every layer is at home."""
+    cas = CAS_STAGGERED if config.cas_schedule == "staggered" else CAS
     if config.mode != "auto":
-        return (config.mode,)
-    return (WAS, CAS) if config.pool_size > 1 else (REPLICATED,)
+        return (cas if config.mode == CAS else config.mode,)
+    return (WAS, cas) if config.pool_size > 1 else (REPLICATED,)
 
 
 def _batch_layouts(
@@ -240,6 +241,7 @@ def _policy(
     )
     size = config.tensor_parallel_size
     shape = LayerShape(
+        num_layers=model.num_layers,
         weight_bytes=parameters * item // size,
         flops_per_token=2.0 * matrices / size,
         activation_bytes=model.hidden_size * item,

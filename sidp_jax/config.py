@@ -99,6 +99,9 @@ class EngineConfig:
         pool_size: Replicas that share one copy of the layers.
         tensor_parallel_size: Devices of one replica, over which its heads are spread.
         mode: How a layer that a replica does not own is run; ``auto`` picks it step by step.
+        cas_schedule: How replicas take turns at the owners in ``cas``: all at one layer
+            (``lockstep``, which is ``auto``), or each one layer behind the one before it
+            (``staggered``).
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.
         attention: Implementation of attention; ``auto`` is ``mosaic`` (Hopper kernels) on a GPU and
@@ -128,6 +131,7 @@ class EngineConfig:
     pool_size: int = 1
     tensor_parallel_size: int = 1
     mode: Literal["auto", "replicated", "was", "cas"] = "auto"
+    cas_schedule: Literal["auto", "lockstep", "staggered"] = "auto"
     layer_loop: Literal["auto", "scan", "unrolled"] = "auto"
     resident_layers: int = 0
     attention: Literal["auto", "reference", "mosaic"] = "auto"
@@ -160,6 +164,11 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}, so that every sequence can decode in every "
                 "step; raise the one or lower the other"
+            )
+        if self.cas_schedule == "staggered" and self.resident_layers:
+            raise ConfigError(
+                f"cas_schedule='staggered' needs resident_layers=0, got {self.resident_layers}: a "
+                "layer that is everywhere has no owner to go to; set one of them back"
             )
         if self.hardware != "auto":
             from sidp_jax.hardware import profile_names

@@ -20,6 +20,7 @@ class Hardware:
         memory_bandwidth: Bytes/s read from device memory.
         link_bandwidth: Bytes/s into one GPU from its peers, one way.
         hop_latency: Seconds that one collective takes beyond its bytes.
+        memory_bytes: Bytes of memory, all that a process could use; 0 where it is not known.
         source: Where the figures are from.
     """
 
@@ -28,14 +29,16 @@ class Hardware:
     memory_bandwidth: float
     link_bandwidth: float
     hop_latency: float
+    memory_bytes: float
     source: str
 
     def __post_init__(self) -> None:
         for field in ("flops", "memory_bandwidth", "link_bandwidth"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"hardware profile {self.name!r}: {field} must be positive")
-        if self.hop_latency < 0:
-            raise ValueError(f"hardware profile {self.name!r}: hop_latency must not be negative")
+        for field in ("hop_latency", "memory_bytes"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"hardware profile {self.name!r}: {field} must not be negative")
 
 
 def profile_names() -> list[str]:

@@ -24,7 +24,7 @@ from sidp_jax.kv_cache import KV_PARTITION, KVCache
 from sidp_jax.mesh import POOL, TENSOR
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import embed, head_logits
-from sidp_jax.modes import cas, replicated, was
+from sidp_jax.modes import cas, cas_staggered, replicated, was
 from sidp_jax.modes.loop import LayerContext
 from sidp_jax.pool import PoolLayout
 from sidp_jax.weights import Weights, partitions
@@ -33,6 +33,7 @@ RUN_LAYERS = {
     "replicated": replicated.run_layers,
     "was": was.run_layers,
     "cas": cas.run_layers,
+    "cas_staggered": cas_staggered.run_layers,
 }
 """The modes. All have one signature and return the same numbers."""
 
@@ -149,10 +150,9 @@ def _forward(
     tokens = _resolve_tokens(batch, last_tokens[0])
     scale = program.config.head_dim**-0.5
 
-    def attend(q, k, v, kv, layer):
-        kv = KVCache(
-            *update_kv(kv.k, kv.v, k, v, layer, batch.kv_slots, implementation=program.attention)
-        )
+    def attend(q, k, v, kv, layer, active=True):
+        slots = batch.kv_slots if active is True else jnp.where(active, batch.kv_slots, -1)
+        kv = KVCache(*update_kv(kv.k, kv.v, k, v, layer, slots, implementation=program.attention))
         attended = ragged_attention(
             q,
             kv.k,

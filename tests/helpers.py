@@ -126,7 +126,7 @@ def make_engine(
             pool_size, max_num_seqs, max_num_batched_tokens, max_model_len, page_size, num_kv_pages
         )
     )
-    shape = LayerShape(1 << 20, 1e6, 128, 512, 128)
+    shape = LayerShape(config.num_layers, 1 << 20, 1e6, 128, 512, 128)
     policy = policy_type(modes, pool_size, shape, load_profile("h200"))
     return Engine(runner, scheduler, policy, max_model_len=max_model_len, seed=0, tokenizer=None)
 

@@ -11,12 +11,11 @@ from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
 from sidp_jax.kv_cache import KV_PARTITION, KVCache, allocate, kv_cache_spec
 from sidp_jax.mesh import POOL, make_mesh
-from sidp_jax.modes import cas, replicated, was
 from sidp_jax.modes.loop import LayerContext
 from sidp_jax.pool import PoolLayout
+from sidp_jax.step import RUN_LAYERS
 from sidp_jax.weights import partitions
 
-RUN_LAYERS = {"replicated": replicated.run_layers, "was": was.run_layers, "cas": cas.run_layers}
 TOKENS, PAGE_SIZE, PAGES = 12, 4, 5
 
 
@@ -31,8 +30,9 @@ def run_mode(mode, config, layout, layer_loop):
     x = rng.standard_normal((layout.pool_size * TOKENS, config.hidden_size)).astype(np.float32)
 
     def local(weights, kv, x):
-        def attend(q, k, v, kv, layer):
+        def attend(q, k, v, kv, layer, active=True):
             slots = jnp.arange(TOKENS, dtype=jnp.int32) + PAGE_SIZE  # page 0 stays empty
+            slots = jnp.where(active, slots, -1)
             kv = KVCache(*update_kv(kv.k, kv.v, k, v, layer, slots, implementation="reference"))
             attended = ragged_attention(
                 q,
@@ -98,6 +98,20 @@ def test_cas_is_close_to_replicated(oracle, layers, pool_size, resident, layer_l
     got = run_mode("cas", config, PoolLayout(layers, pool_size, resident), layer_loop)
     for ours, theirs in zip(got, oracle(config, pool_size), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
+@pytest.mark.parametrize(("layers", "pool_size"), [(7, 3), (9, 2), (3, 3), (2, 1)])
+def test_staggered_cas_is_bit_identical_to_replicated(oracle, layers, pool_size, layer_loop):
+    config = small_config(layers)
+    got = run_mode("cas_staggered", config, PoolLayout(layers, pool_size), layer_loop)
+    for ours, theirs in zip(got, oracle(config, pool_size), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_staggered_cas_has_no_place_for_resident_layers():
+    with pytest.raises(ValueError, match="resident_layers=1 must be 0 for the staggered"):
+        run_mode("cas_staggered", small_config(5), PoolLayout(5, 2, 1), "scan")
 
 
 def test_replicated_scan_is_bit_identical_to_unrolled(oracle):

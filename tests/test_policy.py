@@ -6,9 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidp_jax.hardware import Hardware, load_profile, profile_for, profile_names
-from sidp_jax.modes.policy import CAS, REPLICATED, WAS, LayerShape, Policy, PolicyState
+from sidp_jax.modes.policy import (
+    CAS,
+    CAS_STAGGERED,
+    REPLICATED,
+    WAS,
+    LayerShape,
+    Policy,
+    PolicyState,
+)
 
 QWEN72B = LayerShape(
+    num_layers=80,
     weight_bytes=1_755_000_000,
     flops_per_token=2 * 877.5e6,
     activation_bytes=2 * 8192,
@@ -67,6 +76,15 @@ def test_hysteresis_does_not_alternate_around_the_crossover():
     assert len(run(eager, [below, below + 1] * 50)[1]) > 50
 
 
+def test_staggered_cas_keeps_data_parallel_speed_where_was_waits_for_the_link():
+    p = policy()
+    for tokens in (64, 256, 1024):
+        staggered, local = p.seconds(CAS_STAGGERED, tokens), p.seconds(REPLICATED, tokens)
+        assert local < staggered < 1.25 * local
+        assert staggered < min(p.seconds(WAS, tokens), p.seconds(CAS, tokens))
+    assert p.seconds(WAS, 8192) < p.seconds(CAS_STAGGERED, 8192)
+
+
 def test_one_mode_is_never_left():
     fixed = Policy((CAS,), 8, QWEN72B, load_profile("h200"))
     assert run(fixed, [1, 8192, 1]) == ([CAS] * 3, [])
@@ -82,7 +100,9 @@ def test_bad_values_are_errors():
     with pytest.raises(ValueError, match="hardware='a100' is unknown; known: "):
         load_profile("a100")
     with pytest.raises(ValueError, match="flops must be positive"):
-        Hardware("x", 0.0, 1.0, 1.0, 0.0, "")
+        Hardware("x", 0.0, 1.0, 1.0, 0.0, 0.0, "")
+    with pytest.raises(ValueError, match="memory_bytes must not be negative"):
+        Hardware("x", 1.0, 1.0, 1.0, 0.0, -1.0, "")
 
 
 def test_profiles_of_devices():

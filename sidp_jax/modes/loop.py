@@ -21,8 +21,12 @@ from sidp_jax.weights import LayerStack
 Index = int | jax.Array
 """A layer or row number: known at trace time (unrolled) or on the device alone (scan)."""
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, KVCache, Index], tuple[jax.Array, KVCache]]
-"""``attend(q, k, v, kv, layer) -> (attended, kv)``: writes K and V to the cache, then attends."""
+Attend = Callable[..., tuple[jax.Array, KVCache]]
+"""``attend(q, k, v, kv, layer, active=True) -> (attended, kv)``.
+
+Writes K and V to the cache, then attends. Where ``active`` is false nothing is written, and the
+result means nothing.
+"""
 
 Carry = TypeVar("Carry")
 

@@ -12,6 +12,7 @@ from sidp_jax.hardware import Hardware
 
 WAS = "was"
 CAS = "cas"
+CAS_STAGGERED = "cas_staggered"
 REPLICATED = "replicated"
 
 
@@ -20,6 +21,7 @@ class LayerShape:
     """What one decoder layer costs, on one device.
 
     Attributes:
+        num_layers: Layers of the model, over which a step's fixed costs are spread.
         weight_bytes: Bytes of its parameters.
         flops_per_token: Dense FLOPs per token, without attention.
         activation_bytes: Bytes of one token's residual stream.
@@ -27,6 +29,7 @@ class LayerShape:
         attended_bytes: Bytes of one token's attention result.
     """
 
+    num_layers: int
     weight_bytes: int
     flops_per_token: float
     activation_bytes: int
@@ -40,7 +43,7 @@ def layer_seconds(
     """Seconds for one pooled layer of a step, without attention: it is the same in every mode.
 
     Args:
-        mode: ``replicated``, ``was`` or ``cas``.
+        mode: ``replicated``, ``was``, ``cas`` (lockstep) or ``cas_staggered``.
         tokens: Tokens per replica in the step.
         pool_size: Replicas of the pool.
         shape: The layer.
@@ -59,14 +62,20 @@ def layer_seconds(
         return max(dense(tokens), shape.weight_bytes / hardware.link_bandwidth)
     if mode == CAS:
         # Into the owner come everyone's activations and attention results, out of it go everyone's
-        # queries, keys, values and results; the two directions of the link do not share bandwidth.
+        # queries, keys, values and results, one after the other.
         there = shape.activation_bytes + shape.attended_bytes
         back = shape.qkv_bytes + shape.activation_bytes
         moved = (pool_size - 1) * tokens * (there + back)
         return (
             dense(pool_size * tokens) + moved / hardware.link_bandwidth + 4 * hardware.hop_latency
         )
-    raise ValueError(f"unknown mode {mode!r}; known: {REPLICATED}, {WAS}, {CAS}")
+    if mode == CAS_STAGGERED:
+        # One replica's queries, keys, values, results and activations move, each in a hop of its
+        # own; the pipeline is filled and drained once a step.
+        moved = tokens * (shape.qkv_bytes + shape.attended_bytes + shape.activation_bytes)
+        stage = dense(tokens) + moved / hardware.link_bandwidth + 3 * hardware.hop_latency
+        return stage * (1 + (pool_size - 1) / shape.num_layers)
+    raise ValueError(f"unknown mode {mode!r}; known: {REPLICATED}, {WAS}, {CAS}, {CAS_STAGGERED}")
 
 
 @dataclass(frozen=True)
