@@ -1,0 +1,366 @@
+"""A plan before any weight is read: ``python -m sidp_jax.plan --config X.yaml [key=value ...]``.
+
+Needs the ``config.json`` of the model and no GPU: who owns what, what fits, which mode wins at
+which batch size, and the best configuration for ``workload=IN,OUT``. All figures are estimates.
+Exit codes: 0, there is a plan; 2, wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sidp_jax.batch import token_buckets
+from sidp_jax.config import ConfigError, EngineConfig, load_config
+from sidp_jax.estimate import (
+    FORMULA,
+    Candidate,
+    Setting,
+    Workload,
+    activation_bytes,
+    fetch_seconds,
+    hop_seconds,
+    layer_shape,
+    policy_of,
+)
+from sidp_jax.hardware import Hardware, load_profile, profile_for
+from sidp_jax.models.config import ModelConfig
+from sidp_jax.modes.policy import CAS, REPLICATED, WAS, Policy
+from sidp_jax.plan_report import draw_figure, print_plan
+from sidp_jax.plan_search import (
+    Option,
+    best,
+    crossover,
+    evaluate,
+    fetch_hidden_from,
+    plain_candidates,
+    pooled_candidates,
+    tensor_sizes,
+)
+from sidp_jax.pool import PoolLayout
+from sidp_jax.startup import resolve_platform
+
+DEFAULT_WORKLOAD = Workload(1024, 256)
+WORTHWHILE = 1.05
+"""A pool must promise this much over the best plain configuration: estimates are no better."""
+
+_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+_SUCCESS, _USAGE = 0, 2
+_GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
+
+Plan = dict[str, Any]
+"""What is printed, as JSON or as tables; ``make_plan`` lists its keys."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a plan from the command line and returns the exit code."""
+    arguments = _parse(argv)
+    try:
+        workload, overrides = split_workload(arguments.overrides)
+        config = load_config(arguments.config, overrides)
+        plan = make_plan(config, workload, arguments.gpus)
+        if arguments.figure is not None:
+            draw_figure(plan, arguments.figure)
+    except (ValueError, OSError) as error:  # ConfigError and UnsupportedModelError are of these
+        print(f"error: {error}", file=sys.stderr)
+        return _USAGE
+    if arguments.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        print_plan(plan)
+    return _SUCCESS
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sidp_jax.plan",
+        description="Estimates, before any weight is read and without a GPU, what fits, which mode "
+        "wins at which batch size, and which configuration is best.",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="X.yaml",
+        help="a path, or the bare name of a file here or among those shipped, such as qwen72b.yaml",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        help="GPUs of the node; by default pool_size x tensor_parallel_size",
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
+    parser.add_argument(
+        "--figure", type=Path, metavar="plan.png", help="also a figure; needs the extra plot"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that beat those of the file, such as hardware=h200, and workload=IN,OUT: "
+        "mean tokens of prompt and output",
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def split_workload(overrides: Sequence[str]) -> tuple[Workload, list[str]]:
+    """Takes ``workload=IN,OUT`` out of the overrides; without it there is a default.
+
+    Raises:
+        ConfigError: The workload is not two positive integers.
+    """
+    workload, others = DEFAULT_WORKLOAD, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "workload":
+            others.append(override)
+            continue
+        try:
+            prompt, output = map(int, value.split(","))
+        except ValueError:
+            raise ConfigError(
+                f"workload={value} must be IN,OUT, mean tokens of prompt and output; for example "
+                "workload=1024,256"
+            ) from None
+        workload = Workload(prompt, output)
+    return workload, others
+
+
+def make_plan(config: EngineConfig, workload: Workload, num_devices: int | None = None) -> Plan:
+    """Estimates a configuration and its alternatives on the same GPUs.
+
+    Args:
+        config: The configuration; its model needs no more than ``config.json``.
+        workload: Requests of the job.
+        num_devices: GPUs of the node; None is as many as one pool takes.
+
+    Returns:
+        Numbers in bytes, seconds and tokens, ready for JSON: ``model``, ``hardware``, ``devices``,
+        ``workload``, ``owners``, ``resident``, ``activations``, ``steps``, ``crossover``,
+        ``fetch_hidden_from``, ``configurations``, ``recommendation``, ``formula`` and some that
+        repeat the input.
+
+    Raises:
+        ValueError: Something is missing or impossible; the message says what to set.
+    """
+    model = _read_model(config)
+    setting = Setting(
+        model=model,
+        hardware=_hardware(config),
+        dtype_bytes=_DTYPE_BYTES[config.dtype],
+        page_size=config.page_size,
+        max_model_len=_max_model_len(config, model, workload),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
+    devices = config.num_devices if num_devices is None else num_devices
+    configured = _configured(config, model, devices)
+    layout = PoolLayout(model.num_layers, configured.pool_size, configured.resident_layers)
+    policy = policy_of(setting, configured)
+    options = _options(setting, configured, devices, workload)
+    return {
+        "kind": "estimates; nothing here was measured by this command",
+        "model": {
+            "path": config.model,
+            "architecture": model.architecture,
+            "num_layers": model.num_layers,
+            "layer_bytes": layer_shape(model, 1, setting.dtype_bytes).weight_bytes,
+            "dtype": config.dtype,
+        },
+        "hardware": asdict(setting.hardware),
+        "devices": devices,
+        "workload": asdict(workload) | {"mean_length": workload.mean_length},
+        "max_model_len": setting.max_model_len,
+        "gpu_memory_utilization": setting.gpu_memory_utilization,
+        "owners": [
+            [layer for layer in layout.pooled if layout.owner(layer) == owner]
+            for owner in range(configured.pool_size)
+        ],
+        "resident": list(layout.resident),
+        "activations": {
+            mode: activation_bytes(setting, configured, mode) for mode in configured.modes
+        },
+        **_layer_times(policy, config.max_num_batched_tokens),
+        "configurations": {name: _as_json(option) for name, option in options.items()},
+        "recommendation": _recommendation(setting, options),
+        "formula": list(FORMULA),
+    }
+
+
+def _read_model(config: EngineConfig) -> ModelConfig:
+    folder = config.model_path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model={config.model!r}: there is no {(folder / 'config.json').absolute()}; a plan "
+            "needs no weights, but that file: set model to a folder that holds it, such as one of "
+            "experiments/shapes in the repository"
+        )
+    return ModelConfig.from_pretrained(folder)
+
+
+def _hardware(config: EngineConfig) -> Hardware:
+    """The profile: as configured, or that of the first GPU or the CPU of this machine."""
+    if config.hardware != "auto":
+        return load_profile(config.hardware)
+    if resolve_platform(config.platform) == "cpu":
+        return load_profile("cpu")
+    for path in sorted(_GPU_FOLDER.glob("*/information")):
+        for line in path.read_text().splitlines():
+            if line.startswith("Model:"):
+                return load_profile(profile_for(line.partition(":")[2].strip(), "gpu"))
+    raise ConfigError(
+        "hardware=auto goes by the GPU of this machine, and there is none; set hardware=h200, or "
+        "another profile, to plan for it"
+    )
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, workload: Workload) -> int:
+    longest = model.max_position_embeddings
+    length = longest if config.max_model_len is None else config.max_model_len
+    if length > longest:
+        raise ConfigError(
+            f"max_model_len={length} is more than the {longest} positions that the model was made "
+            "for; lower it"
+        )
+    if workload.prompt + workload.output > length:
+        raise ConfigError(
+            f"workload={workload.prompt},{workload.output} is longer than max_model_len={length}; "
+            "raise max_model_len, or plan for shorter requests"
+        )
+    return length
+
+
+def _configured(config: EngineConfig, model: ModelConfig, devices: int) -> Candidate:
+    """The configuration as it stands, repeated until all GPUs of the node are in use."""
+    if devices < 1 or devices % config.num_devices:
+        raise ConfigError(
+            f"--gpus {devices} must be a multiple of the {config.num_devices} that one pool takes, "
+            "pool_size x tensor_parallel_size; change one of them"
+        )
+    if config.tensor_parallel_size not in tensor_sizes(model, config.num_devices):
+        raise ConfigError(
+            f"tensor_parallel_size={config.tensor_parallel_size} must divide the model's "
+            f"{model.num_kv_heads} key and value heads and {model.intermediate_size} columns of "
+            "the feed-forward layer; lower it and raise pool_size instead"
+        )
+    modes = _modes(config)
+    if CAS in modes and config.cas_schedule == "staggered":
+        raise ConfigError(
+            "cas_schedule='staggered' cannot be planned: the estimates know the lockstep schedule "
+            "alone; leave it out to plan for that, or set mode=was"
+        )
+    return Candidate(
+        pool_size=config.pool_size,
+        tensor_size=config.tensor_parallel_size,
+        pools=devices // config.num_devices,
+        resident_layers=model.num_layers if modes == (REPLICATED,) else config.resident_layers,
+        modes=modes,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_kv_pages=config.num_kv_pages,
+    )
+
+
+def _modes(config: EngineConfig) -> tuple[str, ...]:
+    if config.pool_size == 1:
+        return (REPLICATED,)
+    return (WAS, CAS) if config.mode == "auto" else (config.mode,)
+
+
+def _options(
+    setting: Setting, configured: Candidate, devices: int, workload: Workload
+) -> dict[str, Option]:
+    """The configuration beside its alternatives, as far as their memory can be known."""
+    options = {"as configured": evaluate(setting, configured, workload)}
+    if setting.usable_bytes is None:
+        return options
+    model = setting.model
+    plain = {
+        size: best(setting, plain_candidates(model, devices, size), workload)
+        for size in tensor_sizes(model, devices)
+    }
+    # Of what fits in no size of a step, the smallest shows by how much it does not.
+    smallest = next(plain_candidates(model, devices, 1))
+    options["plain DP"] = plain.pop(1) or evaluate(setting, smallest, workload)
+    fitting = [option for option in plain.values() if option is not None]
+    if fitting:
+        options["best DP x TP"] = max(fitting, key=_speed)
+    modes = configured.modes if configured.modes != (REPLICATED,) else (WAS, CAS)
+    pooled = best(setting, pooled_candidates(model, devices, modes), workload)
+    if pooled is not None:
+        options["best pooled"] = pooled
+    return options
+
+
+def _speed(option: Option | None) -> float:
+    fits = option is not None and option.speed is not None
+    return option.speed.output_tokens_per_second if fits else 0.0
+
+
+def _layer_times(policy: Policy, budget: int) -> Plan:
+    """Seconds of one layer at the shapes of a step, without attention, and where modes cross."""
+    pooled = policy.pool_size > 1
+    steps = []
+    for tokens in token_buckets(budget):
+        step = {"tokens": tokens, "replicated": policy.seconds(REPLICATED, tokens)}
+        if pooled:
+            step |= {mode: policy.seconds(mode, tokens) for mode in (WAS, CAS)}
+            step |= {"fetch": fetch_seconds(policy), "hop": hop_seconds(policy, tokens)}
+            step["best"] = min((WAS, CAS), key=step.__getitem__)
+        steps.append(step)
+    if not pooled:
+        return {"steps": steps, "crossover": None, "fetch_hidden_from": None}
+    return {
+        "steps": steps,
+        "crossover": crossover(policy),
+        "fetch_hidden_from": fetch_hidden_from(policy),
+    }
+
+
+def _as_json(option: Option) -> Plan:
+    return {
+        "configuration": asdict(option.candidate) | {"modes": list(option.candidate.modes)},
+        "memory": asdict(option.held),
+        "throughput": None if option.speed is None else asdict(option.speed),
+    }
+
+
+def _recommendation(setting: Setting, options: dict[str, Option]) -> Plan:
+    """Pool or not, and the keys to set."""
+    if setting.usable_bytes is None:
+        name = setting.hardware.name
+        reason = f"profile {name!r} does not know the memory of a device, so nothing is compared"
+        return {"pool": None, "reason": reason, "set": None}
+    plain = max((options.get("plain DP"), options.get("best DP x TP")), key=_speed)
+    pooled = options.get("best pooled")
+    ours, theirs = _speed(pooled), _speed(plain)
+    if not ours and not theirs:
+        reason = "no configuration of these GPUs fits; take more of them, or shorter sequences"
+        return {"pool": None, "reason": reason, "set": None}
+    pool = ours > WORTHWHILE * theirs
+    if not theirs:
+        reason = "no plain configuration fits"
+    elif not ours:
+        reason = "no pool fits"
+    else:
+        reason = (
+            f"the best pool is estimated at {ours:,.0f} output tokens/s, the best plain "
+            f"configuration at {theirs:,.0f}: {ours / theirs:.2f}x, and a pool has to promise "
+            f"{WORTHWHILE:.2f}x"
+        )
+    chosen = (pooled if pool else plain).candidate
+    keys = {
+        "pool_size": chosen.pool_size,
+        "tensor_parallel_size": chosen.tensor_size,
+        "resident_layers": chosen.resident_layers if pool else 0,
+        "max_num_seqs": chosen.max_num_seqs,
+        "max_num_batched_tokens": chosen.max_num_batched_tokens,
+    }
+    return {"pool": pool, "reason": reason, "jobs": chosen.pools, "set": keys}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

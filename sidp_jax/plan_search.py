@@ -1,0 +1,103 @@
+"""Which mode is best for a step, and which configuration for a workload. No jax.
+
+Both by the estimates of ``estimate.py``: the modes by their crossover, the configurations by trying
+them all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import ceil
+
+from sidp_jax.estimate import (
+    Candidate,
+    Memory,
+    Setting,
+    Throughput,
+    Workload,
+    memory,
+    throughput,
+)
+from sidp_jax.models.config import ModelConfig
+from sidp_jax.modes.policy import CAS, REPLICATED, WAS, Policy
+
+SEQS_LADDER = (64, 128, 256, 512, 1024, 2048)
+BUDGET_LADDER = (2048, 4096, 8192, 16384)
+RESIDENT_STEPS = 10
+"""Shares of resident layers that the search tries."""
+
+_MOST_TOKENS = 1 << 24
+
+
+def crossover(policy: Policy) -> int:
+    """The first number of tokens per replica at which WaS is no dearer than CaS.
+
+    What CaS costs more grows with the tokens: it moves each of them and computes all replicas' on
+    one, where WaS moves weights.
+    """
+    return _first(lambda tokens: policy.seconds(WAS, tokens) <= policy.seconds(CAS, tokens))
+
+
+def fetch_hidden_from(policy: Policy) -> int:
+    """The first number of tokens per replica whose compute takes as long as a fetch."""
+    return _first(lambda tokens: policy.seconds(WAS, tokens) <= policy.seconds(REPLICATED, tokens))
+
+
+def _first(holds: Callable[[int], bool]) -> int:
+    return 1 + bisect(range(1, _MOST_TOKENS), False, key=holds)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A configuration with its estimates; ``speed`` is None where it does not fit."""
+
+    candidate: Candidate
+    held: Memory
+    speed: Throughput | None
+
+
+def evaluate(setting: Setting, candidate: Candidate, workload: Workload) -> Option:
+    """Estimates memory and, where it fits, throughput."""
+    held = memory(setting, candidate)
+    speed = throughput(setting, candidate, held, workload) if held.fits else None
+    return Option(candidate, held, speed)
+
+
+def tensor_sizes(model: ModelConfig, num_devices: int) -> list[int]:
+    """Devices of a replica that divide a node, the key heads and the feed-forward layer."""
+    counts = num_devices, model.num_kv_heads, model.intermediate_size
+    return [size for size in range(1, num_devices + 1) if not any(n % size for n in counts)]
+
+
+def plain_candidates(model: ModelConfig, num_devices: int, size: int) -> Iterator[Candidate]:
+    """Plain data parallelism over replicas of ``size`` devices, in all sizes of a step."""
+    for seqs, budget in _step_sizes():
+        pools = num_devices // size
+        yield Candidate(1, size, pools, model.num_layers, (REPLICATED,), seqs, budget)
+
+
+def pooled_candidates(
+    model: ModelConfig, num_devices: int, modes: tuple[str, ...]
+) -> Iterator[Candidate]:
+    """Every way to pool the devices of a node."""
+    residents = range(0, model.num_layers, ceil(model.num_layers / RESIDENT_STEPS))
+    for size in tensor_sizes(model, num_devices):
+        replicas = num_devices // size
+        for pool in range(2, min(replicas, model.num_layers) + 1):
+            if replicas % pool == 0:
+                for resident, (seqs, budget) in product(residents, _step_sizes()):
+                    yield Candidate(pool, size, replicas // pool, resident, modes, seqs, budget)
+
+
+def _step_sizes() -> Iterator[tuple[int, int]]:
+    return ((s, b) for s, b in product(SEQS_LADDER, BUDGET_LADDER) if s <= b)
+
+
+def best(setting: Setting, candidates: Iterable[Candidate], workload: Workload) -> Option | None:
+    """The candidate of most throughput, the simplest of equals; None where none fits."""
+    options = (evaluate(setting, candidate, workload) for candidate in candidates)
+    fitting = [option for option in options if option.speed is not None]
+    return max(fitting, key=lambda o: o.speed.output_tokens_per_second, default=None)
