@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+from itertools import product
 from math import ceil, prod
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def main() -> None:
             layer_loop=arguments.layer_loop,
             load_format="dummy",
         )
-        runner = Runner(program, weights, modes, shapes)
+        steps = tuple(product(modes, shapes.batches))
+        runner = Runner(program, weights, shapes, steps)
         runner.warm_up()
         for size in sizes:
             for mode in modes:

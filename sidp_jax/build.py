@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from math import ceil, prod
+from dataclasses import replace
+from math import ceil
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,15 @@ from sidp_jax.batch import BatchLayout, token_buckets
 from sidp_jax.checkpoint import load_weights
 from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.engine import Engine
+from sidp_jax.estimate import layer_shape
 from sidp_jax.hardware import load_profile, profile_for
 from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.models.decoder import layer_spec
-from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, LayerShape, Policy
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
-from sidp_jax.runner import Runner, RunnerShapes, num_pages_that_fit
+from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
 from sidp_jax.scheduler import Scheduler, SchedulerConfig
 from sidp_jax.step import StepProgram
 from sidp_jax.tokenizer import load_tokenizer
@@ -60,16 +61,24 @@ def build_engine(config: EngineConfig) -> Engine:
         load_format=config.load_format,
         seed=config.seed,
     )
-    modes = _modes(config)
+    policy = _policy(config, model, program)
     batches = _batch_layouts(config, model, max_model_len)
+    # A mode that would never be picked for a shape needs no program, and no memory, for it.
+    steps = tuple(
+        (mode, batch)
+        for mode in policy.modes
+        for batch in batches
+        if policy.may_run(mode, batch.tokens)
+    )
     shapes = RunnerShapes(
         batches=batches,
         max_num_seqs=config.max_num_seqs,
         page_size=config.page_size,
-        num_kv_pages=_num_pages(config, program, weights, modes, batches[-1], max_model_len),
+        num_kv_pages=1,
         kv_dtype=jnp.dtype(config.dtype),
     )
-    runner = Runner(program, weights, modes, shapes)
+    pages = _num_pages(config, program, weights, shapes, steps, max_model_len)
+    runner = Runner(program, weights, replace(shapes, num_kv_pages=pages), steps)
     runner.warm_up()
     engine = Engine(
         runner,
@@ -80,10 +89,10 @@ def build_engine(config: EngineConfig) -> Engine:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_model_len=max_model_len,
                 page_size=config.page_size,
-                num_kv_pages=shapes.num_kv_pages,
+                num_kv_pages=pages,
             )
         ),
-        _policy(config, model, program, modes),
+        policy,
         max_model_len=max_model_len,
         seed=config.seed,
         tokenizer=load_tokenizer(config.model_path),
@@ -180,28 +189,21 @@ def _num_pages(
     config: EngineConfig,
     program: StepProgram,
     weights: Weights,
-    modes: tuple[str, ...],
-    largest: BatchLayout,
+    shapes: RunnerShapes,
+    steps: tuple[Step, ...],
     max_model_len: int,
 ) -> int:
     """Pages of one replica: as configured, or as many as there is memory for."""
     wanted = config.num_kv_pages
+    longest = shapes.batches[-1].pages
     if wanted is None and program.platform == "cpu":
         # More than this no batch could use; less where the host has not that much to give.
-        wanted = min(config.max_num_seqs * largest.pages, _host_pages(config, program))
+        wanted = min(config.max_num_seqs * longest, _host_pages(config, program))
     elif wanted is None:
         device = program.mesh.local_devices[0]
-        wanted = num_pages_that_fit(
-            program,
-            weights,
-            modes,
-            largest,
-            page_size=config.page_size,
-            max_num_seqs=config.max_num_seqs,
-            kv_dtype=jnp.dtype(config.dtype),
-            memory_bytes=_usable_bytes(config, device),
-        )
-    if wanted < largest.pages:
+        memory = _usable_bytes(config, device)
+        wanted = num_pages_that_fit(program, weights, shapes, steps, memory)
+    if wanted < longest:
         raise ConfigError(
             f"the KV cache of a replica has {wanted} pages of {config.page_size} tokens, too few "
             f"for one sequence of max_model_len={max_model_len}; lower max_model_len to "
@@ -231,30 +233,15 @@ def _host_pages(config: EngineConfig, program: StepProgram) -> int:
     return int(free * _HOST_SHARE) // (page * config.pool_size)
 
 
-def _policy(
-    config: EngineConfig, model: ModelConfig, program: StepProgram, modes: tuple[str, ...]
-) -> Policy:
-    item = jnp.dtype(config.dtype).itemsize
-    parameters = sum(prod(spec.shape) for spec in layer_spec(model).values())
-    matrices = sum(
-        prod(spec.shape) for name, spec in layer_spec(model).items() if name.endswith("kernel")
-    )
-    size = config.tensor_parallel_size
-    shape = LayerShape(
-        num_layers=model.num_layers,
-        weight_bytes=parameters * item // size,
-        flops_per_token=2.0 * matrices / size,
-        activation_bytes=model.hidden_size * item,
-        qkv_bytes=(model.num_heads + 2 * model.num_kv_heads) * model.head_dim * item // size,
-        attended_bytes=model.num_heads * model.head_dim * item // size,
-    )
+def _policy(config: EngineConfig, model: ModelConfig, program: StepProgram) -> Policy:
     name = config.hardware
     if name == "auto":
         try:
             name = profile_for(program.mesh.devices.flat[0].device_kind, program.platform)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    return Policy(modes, config.pool_size, shape, load_profile(name))
+    shape = layer_shape(model, config.tensor_parallel_size, jnp.dtype(config.dtype).itemsize)
+    return Policy(_modes(config), config.pool_size, shape, load_profile(name))
 
 
 def _log_sizes(engine: Engine, weights: Weights) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import jax
@@ -27,12 +27,16 @@ VARIANTS = ("greedy", "random", "full")
 """The sampler's programs, each able to do what those before it do."""
 
 
+Step = tuple[str, BatchLayout]
+"""What a forward program is compiled for: a mode, and a shape of the batch."""
+
+
 @dataclass(frozen=True)
 class RunnerShapes:
     """The static sizes of a run.
 
     Attributes:
-        batches: Shapes of the batch, ascending in tokens: one program for each, per mode.
+        batches: Shapes of the batch, ascending in tokens.
         max_num_seqs: Sequences of one replica; also its sampling slots.
         page_size: Tokens of a page of the KV cache.
         num_kv_pages: Pages of one replica.
@@ -55,18 +59,18 @@ class Runner:
     Args:
         program: Model, pool and mesh.
         weights: The weights on their devices.
-        modes: Modes that steps may run in.
         shapes: The static sizes.
+        steps: The modes and shapes of the batch that a step may have.
     """
 
     def __init__(
         self,
         program: StepProgram,
         weights: Weights,
-        modes: tuple[str, ...],
         shapes: RunnerShapes,
+        steps: tuple[Step, ...],
     ):
-        self.program, self.weights, self.modes, self.shapes = program, weights, modes, shapes
+        self.program, self.weights, self.shapes, self.steps = program, weights, shapes, steps
         self._forward: dict[tuple[str, BatchLayout], jax.stages.Compiled] = {}
         self._sampler: dict[str, jax.stages.Compiled] = {}
         self._new_state: jax.stages.Compiled | None = None
@@ -82,9 +86,7 @@ class Runner:
         """
         started = time.monotonic()
         pool = self.program.layout.pool_size
-        lowered = {
-            key: self._lower_forward(*key) for key in product(self.modes, self.shapes.batches)
-        }
+        lowered = {step: self._lower_forward(*step) for step in self.steps}
         samplers = {variant: self._lower_sampler(variant) for variant in VARIANTS}
         new_state = jax.jit(
             lambda: jax.tree.map(
@@ -106,10 +108,8 @@ class Runner:
         self._last_tokens = jax.device_put(
             np.zeros((pool, self.shapes.max_num_seqs), np.int32), self.program.per_replica()
         )
-        for batch in self.shapes.batches:
-            empty = batch.empty(pool)
-            for mode, variant in product(self.modes, VARIANTS):
-                self.launch(mode, variant, batch, empty)
+        for (mode, batch), variant in product(self.steps, VARIANTS):
+            self.launch(mode, variant, batch, batch.empty(pool))
         jax.block_until_ready(self._kv)
         logger.info(
             "warm-up: %d forward and %d sampling programs in %.1f s",
@@ -196,42 +196,34 @@ class Runner:
 def num_pages_that_fit(
     program: StepProgram,
     weights: Weights,
-    modes: tuple[str, ...],
-    batch: BatchLayout,
-    *,
-    page_size: int,
-    max_num_seqs: int,
-    kv_dtype: jnp.dtype,
+    shapes: RunnerShapes,
+    steps: tuple[Step, ...],
     memory_bytes: int,
 ) -> int:
     """Pages of KV cache that one replica has room for, beside everything else that a step needs.
 
-    The largest step is compiled with a small cache, and what the compiler then says about
-    arguments, results and temporaries is taken off the memory: nothing is estimated.
+    The largest step of each mode is compiled with a small cache, and what the compiler then says
+    about arguments, results and temporaries is taken off the memory: nothing is estimated.
 
     Args:
         program: Model, pool and mesh.
         weights: The weights on their devices.
-        modes: Modes that steps may run in.
-        batch: The largest shape of the batch.
-        page_size: Tokens of a page.
-        max_num_seqs: Sequences of one replica.
-        kv_dtype: Type of keys and values.
+        shapes: The static sizes; ``num_kv_pages`` is not looked at.
+        steps: The modes and shapes of the batch that a step may have.
         memory_bytes: Bytes of one device that may be used.
     """
-    probe = Runner(
-        program, weights, modes, RunnerShapes((batch,), max_num_seqs, page_size, 1, kv_dtype)
-    )
+    probe = Runner(program, weights, replace(shapes, num_kv_pages=1), steps)
     config = program.config
     page = kv_bytes_per_page(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads // program.tensor_size,
         head_dim=config.head_dim,
-        page_size=page_size,
-        dtype_bytes=jnp.dtype(kv_dtype).itemsize,
+        page_size=shapes.page_size,
+        dtype_bytes=jnp.dtype(shapes.kv_dtype).itemsize,
     )
+    largest = dict(sorted(steps, key=lambda step: step[1].tokens))
     used = 0
-    for mode in modes:
+    for mode, batch in largest.items():
         memory = probe._lower_forward(mode, batch).compile().memory_analysis()
         used = max(used, memory.argument_size_in_bytes - page + memory.temp_size_in_bytes)
     # Logits of two steps, the sampler's workspace and its state live beside the forward program.

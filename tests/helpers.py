@@ -1,5 +1,7 @@
 """Small random models for the tests of modes, steps and the engine."""
 
+from itertools import product
+
 import jax
 import numpy as np
 
@@ -119,15 +121,16 @@ def make_engine(
     )
     program = StepProgram(config, layout, mesh, "reference")
     weights = random_weights(config, layout, mesh, layer_loop)
-    runner = Runner(program, weights, modes, shapes)
+    shape = LayerShape(config.num_layers, 1 << 20, 1e6, 128, 512, 128)
+    policy = policy_type(modes, pool_size, shape, load_profile("h200"))
+    steps = tuple(product(modes, shapes.batches))
+    runner = Runner(program, weights, shapes, steps)
     runner.warm_up()
     scheduler = Scheduler(
         SchedulerConfig(
             pool_size, max_num_seqs, max_num_batched_tokens, max_model_len, page_size, num_kv_pages
         )
     )
-    shape = LayerShape(config.num_layers, 1 << 20, 1e6, 128, 512, 128)
-    policy = policy_type(modes, pool_size, shape, load_profile("h200"))
     return Engine(runner, scheduler, policy, max_model_len=max_model_len, seed=0, tokenizer=None)
 
 

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise, product
+from math import prod
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -12,8 +13,7 @@ import pytest
 from checkpoints import LAYOUTS
 from helpers import small_config
 
-from sidp_jax import build, plan, plan_search
-from sidp_jax.config import EngineConfig
+from sidp_jax import plan, plan_search
 from sidp_jax.estimate import (
     FORMULA,
     Candidate,
@@ -43,7 +43,6 @@ from sidp_jax.plan_search import (
     tensor_sizes,
 )
 from sidp_jax.pool import PoolLayout
-from sidp_jax.step import StepProgram
 from sidp_jax.weights import nbytes_per_device, weights_spec
 
 SHAPES = Path(__file__).parents[1] / "experiments" / "shapes"
@@ -117,16 +116,14 @@ def test_layer_parameters_are_those_of_the_layer(architecture):
 
 
 @pytest.mark.parametrize(("architecture", "size"), [*product(ARCHITECTURES, (1, 2))])
-def test_layer_shape_is_what_the_engine_gives_its_policy(architecture, size):
+def test_a_layer_weighs_what_its_arrays_weigh(architecture, size):
     model = small_config(architecture=architecture)
-    config = EngineConfig(model="m", hardware="h200", tensor_parallel_size=size, dtype="float32")
-    program = StepProgram(model, PoolLayout(6, 1), make_mesh(1, size), "reference")
-    theirs = build._policy(config, model, program, (WAS,)).shape
-    ours = layer_shape(model, size, 4)
-    # The engine's shares out the norms, too, which lie on every device.
-    assert ours.weight_bytes == pytest.approx(theirs.weight_bytes, rel=0.02 * (size - 1))
-    for field in ("flops_per_token", "activation_bytes", "qkv_bytes", "attended_bytes"):
-        assert getattr(ours, field) == getattr(theirs, field)
+    spec = weights_spec(
+        model, PoolLayout(6, 1), make_mesh(1, size), layer_loop="unrolled", dtype=np.dtype("f4")
+    )
+    arrays = spec.pooled[0].values()
+    nbytes = sum(4 * prod(array.sharding.shard_shape(array.shape)) for array in arrays)
+    assert layer_shape(model, size, 4).weight_bytes == nbytes
 
 
 @pytest.mark.parametrize(("pool", "tensor", "resident"), LAYOUTS)

@@ -62,6 +62,7 @@ def test_no_mode_is_kept_that_costs_over_5_percent_more(tokens):
     p = policy()
     modes, switches = run(p, tokens)
     for mode, count in zip(modes, tokens, strict=True):
+        assert p.may_run(mode, count)
         assert p.seconds(mode, count) <= 1.05 * min(p.seconds(WAS, count), p.seconds(CAS, count))
     changes = sum(a != b for a, b in pairwise(modes))
     assert changes == len(switches)
@@ -83,6 +84,12 @@ def test_staggered_cas_keeps_data_parallel_speed_where_was_waits_for_the_link():
         assert local < staggered < 1.25 * local
         assert staggered < min(p.seconds(WAS, tokens), p.seconds(CAS, tokens))
     assert p.seconds(WAS, 8192) < p.seconds(CAS_STAGGERED, 8192)
+
+
+def test_a_mode_that_costs_much_more_never_runs():
+    p = policy()
+    assert [mode for mode in p.modes if p.may_run(mode, 16)] == [CAS]
+    assert [mode for mode in p.modes if p.may_run(mode, 2048)] == [WAS]
 
 
 def test_one_mode_is_never_left():

@@ -150,6 +150,11 @@ class Policy:
         """Estimated seconds of one layer; see ``layer_seconds``."""
         return layer_seconds(mode, tokens, self.pool_size, self.shape, self.hardware)
 
+    def may_run(self, mode: str, tokens: int) -> bool:
+        """Whether ``decide`` can ever answer this mode for a step of so many tokens."""
+        best = min(self.seconds(other, tokens) for other in self.modes)
+        return self.seconds(mode, tokens) * (1 - self.margin) <= best
+
     def decide(self, state: PolicyState, tokens: int) -> tuple[PolicyState, Switch | None]:
         """The mode for a step of so many tokens per replica.
 
