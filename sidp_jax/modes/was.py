@@ -13,16 +13,8 @@ import jax.numpy as jnp
 
 from sidp_jax.kv_cache import KVCache
 from sidp_jax.mesh import POOL
-from sidp_jax.models.decoder import LayerParams, bind_layer
-from sidp_jax.modes.loop import (
-    Index,
-    LayerContext,
-    Span,
-    local_slab,
-    loop_rows,
-    run_resident,
-    spans,
-)
+from sidp_jax.models.decoder import LayerParams
+from sidp_jax.modes.loop import LayerContext, Span, local_slab, loop_rows, run_resident, spans
 from sidp_jax.weights import Weights
 
 # Parameters below this size travel together in one message: norms and biases are a few KB, and
@@ -44,7 +36,7 @@ def run_layers(
 
     def compute(buffer: LayerParams | None, span: Span, x: jax.Array, kv: KVCache):
         if span.pooled is not None:
-            x, kv = _run_fetched(context, buffer, span.pooled, x, kv)
+            x, kv = context.run_layer(buffer, span.pooled, x, kv)
         return run_resident(context, weights.resident, span, x, kv)
 
     def super_step(carry, row: LayerParams, behind: list[Span]):
@@ -64,26 +56,6 @@ def run_layers(
     # Before the first fetch has arrived there is nothing to compute with but resident layers.
     x, kv, buffer = loop_rows(slab, behind, super_step, (x, kv, None))
     return compute(buffer, ordered[-1], x, kv)
-
-
-def _run_fetched(
-    context: LayerContext, params: LayerParams, layer: Index, x: jax.Array, kv: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """``LayerContext.run_layer`` for a layer that may still be arriving.
-
-    The rest of it has to be here once attention is done. XLA starts a fetch a few GEMMs before it
-    is needed: needed only by its own GEMM, the largest would start after the layer before it, and
-    needed before the layer starts, it would start while its own like is still in use.
-    """
-    with jax.named_scope("pre_attention"):
-        q, k, v = bind_layer(context.config, params).pre_attention(x, context.positions)
-    with jax.named_scope("attention"):
-        attended, kv = context.attend(q, k, v, kv, layer)
-    if context.platform == "gpu":
-        attended, params = jax.lax.optimization_barrier((attended, params))
-    with jax.named_scope("post_attention"):
-        bound = bind_layer(context.config, params)
-        return bound.post_attention(x, attended, context.reduce), kv
 
 
 def fetch(
@@ -108,10 +80,7 @@ def fetch(
     if small:
         messages["packed"] = jnp.concatenate([row[name].reshape(-1) for name in small])
     if platform == "gpu":
-        # Tied to the layer in use as well, a fetch would have to be over before that layer starts.
-        x, buffer = after
-        messages, x = jax.lax.optimization_barrier((messages, x))
-        after = x, buffer
+        messages, after = jax.lax.optimization_barrier((messages, after))
         arrived = {
             name: jax.lax.pbroadcast(array, (POOL,), owner) for name, array in messages.items()
         }
