@@ -113,7 +113,7 @@ TARGETS = {
         clock_ghz=1.98,
         memory_bandwidth=4_000_000_000_000,
         memory_bytes=102_000_000_000,
-        source=_HOPPER + "the rest from public summaries of its data sheet; memory as in "
+        source=_HOPPER + "cores, cache and clock not checked against a source; memory as in "
         "configs/hardware/h20.yaml",
     ),
     "b200": Target(
@@ -127,7 +127,7 @@ TARGETS = {
         memory_bandwidth=8_000_000_000_000,
         memory_bytes=191_500_000_000,
         source=_LIMITS.format("10.0") + "bandwidth: data sheet; memory as in "
-        "configs/hardware/b200.yaml; cores, cache and clock from public descriptions",
+        "configs/hardware/b200.yaml; cores, cache and clock not checked against a source",
     ),
 }
 """The GPUs that programs can be compiled for, by the names of the hardware profiles."""

@@ -113,6 +113,7 @@ def test_the_cache_is_updated_in_place(reports, name):
 
 # Temporaries in layers, activations included, as they are: two layer buffers, packed with gaps, and
 # in scan form a copy of the row of the slab. The largest tensor alone is 0.55 of a layer.
+# What the programs need today, and a little: a guard against more, not a goal that was reached.
 TEMPORARIES = {
     "was": 1.8,
     "was 32b": 2.2,
