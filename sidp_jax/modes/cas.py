@@ -58,8 +58,6 @@ def _serve(
 ) -> tuple[jax.Array, KVCache]:
     """Runs one layer for all replicas on its owner, and attention at home."""
     bound = bind_layer(context.config, row)
-    heads = context.config.num_heads // context.tensor_size
-    kv_heads = context.config.num_kv_heads // context.tensor_size
 
     def pre_attention(x: jax.Array) -> jax.Array:
         return jnp.concatenate(bound.pre_attention(x, positions), axis=1)
@@ -74,7 +72,7 @@ def _serve(
     with jax.named_scope("hop"):
         qkv = _send_home(qkv)
     with jax.named_scope("attention"):
-        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+        q, k, v = context.split_heads(qkv)
         attended, kv = context.attend(q, k, v, kv, layer)
     with jax.named_scope("hop"):
         attended = _gather(attended)

@@ -143,14 +143,12 @@ def _serve(
     size, layers = context.layout.pool_size, context.layout.num_layers
     exchange = [(owner, (phase - owner) % size) for owner in range(size)]
     bound = bind_layer(context.config, params)
-    heads = context.config.num_heads // context.tensor_size
-    kv_heads = context.config.num_kv_heads // context.tensor_size
     with jax.named_scope("pre_attention"):
         qkv = jnp.concatenate(bound.pre_attention(moving.guest, positions), axis=1)
     with jax.named_scope("hop"):
         qkv = jax.lax.ppermute(qkv, POOL, exchange)
     with jax.named_scope("attention"):
-        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+        q, k, v = context.split_heads(qkv)
         inside = (home_layer >= 0) & (home_layer < layers)
         layer = jnp.clip(home_layer, 0, layers - 1)
         attended, kv = context.attend(q, k, v, moving.kv, layer, inside)

@@ -55,6 +55,12 @@ class LayerContext:
         """The sum of what the devices of a replica have computed each."""
         return partial if self.tensor_size == 1 else jax.lax.psum(partial, TENSOR)
 
+    def split_heads(self, qkv: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values of one message, ``[tokens, all heads, head_dim]``."""
+        heads = self.config.num_heads // self.tensor_size
+        kv_heads = self.config.num_kv_heads // self.tensor_size
+        return jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+
     def run_layer(
         self, params: LayerParams, layer: Index, x: jax.Array, kv: KVCache
     ) -> tuple[jax.Array, KVCache]:
