@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -94,15 +95,12 @@ class Runner:
             ),
             out_shardings=self.program.per_replica(),
         ).lower()
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            compiled = [
-                threads.submit(program.compile)
-                for program in (*lowered.values(), *samplers.values(), new_state)
-            ]
-            programs = iter([future.result() for future in compiled])
+        traced = time.monotonic()
+        programs = iter(_compile_side_by_side([*lowered.values(), *samplers.values(), new_state]))
         self._forward = {key: next(programs) for key in lowered}
         self._sampler = {variant: next(programs) for variant in samplers}
         self._new_state = next(programs)
+        compiled = time.monotonic()
 
         self._kv = allocate(self._kv_spec())
         self._last_tokens = jax.device_put(
@@ -112,10 +110,13 @@ class Runner:
             self.launch(mode, variant, batch, batch.empty(pool))
         jax.block_until_ready(self._kv)
         logger.info(
-            "warm-up: %d forward and %d sampling programs in %.1f s",
+            "warm-up: %d forward and %d sampling programs: traced in %.1f s, compiled in %.1f s, "
+            "first run in %.1f s",
             len(self._forward),
             len(self._sampler),
-            time.monotonic() - started,
+            traced - started,
+            compiled - traced,
+            time.monotonic() - compiled,
         )
 
     def launch(
@@ -203,7 +204,8 @@ def num_pages_that_fit(
     """Pages of KV cache that one replica has room for, beside everything else that a step needs.
 
     The largest step of each mode is compiled with a small cache, and what the compiler then says
-    about arguments, results and temporaries is taken off the memory: nothing is estimated.
+    about arguments, results and temporaries is taken off the memory: nothing is estimated. GEMMs
+    are not tuned for it, which on a GPU is most of a compilation and changes no buffer.
 
     Args:
         program: Model, pool and mesh.
@@ -222,11 +224,26 @@ def num_pages_that_fit(
         dtype_bytes=jnp.dtype(shapes.kv_dtype).itemsize,
     )
     largest = dict(sorted(steps, key=lambda step: step[1].tokens))
-    used = 0
-    for mode, batch in largest.items():
-        memory = probe._lower_forward(mode, batch).compile().memory_analysis()
-        used = max(used, memory.argument_size_in_bytes - page + memory.temp_size_in_bytes)
+    untuned = {"xla_gpu_autotune_level": 0} if program.platform == "gpu" else None
+    sampler, *forwards = (
+        compiled.memory_analysis()
+        for compiled in _compile_side_by_side(
+            [
+                probe._lower_sampler("full"),
+                *(probe._lower_forward(*step) for step in largest.items()),
+            ],
+            untuned,
+        )
+    )
+    used = max(m.argument_size_in_bytes - page + m.temp_size_in_bytes for m in forwards)
     # Logits of two steps, the sampler's workspace and its state live beside the forward program.
-    memory = probe._lower_sampler("full").compile().memory_analysis()
-    used += 2 * memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += 2 * sampler.argument_size_in_bytes + sampler.temp_size_in_bytes
     return max(0, (memory_bytes - used) // page)
+
+
+def _compile_side_by_side(
+    lowered: Sequence[jax.stages.Lowered], options: dict[str, int] | None = None
+) -> list[jax.stages.Compiled]:
+    """Compiles programs in a thread each."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(lambda program: program.compile(options), lowered))

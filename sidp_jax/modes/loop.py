@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import TypeVar
 
@@ -61,7 +62,14 @@ class LayerContext:
         kv_heads = self.config.num_kv_heads // self.tensor_size
         return jnp.split(qkv, [heads, heads + kv_heads], axis=1)
 
+    @cached_property
     def run_layer(
+        self,
+    ) -> Callable[[LayerParams, Index, jax.Array, KVCache], tuple[jax.Array, KVCache]]:
+        """``_run_layer``, traced once however many layers a program has."""
+        return jax.jit(self._run_layer)
+
+    def _run_layer(
         self, params: LayerParams, layer: Index, x: jax.Array, kv: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """Runs one layer whose weights are here.
