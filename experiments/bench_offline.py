@@ -5,7 +5,9 @@ r"""Time whole jobs on the engine: dummy weights, random token ids, greedy, fixe
 
 ``--case N,IN,OUT`` is N requests of IN prompt and OUT output tokens; ``--case @lens.json`` reads a
 list of ``[in, out]`` pairs. Prints, per case, throughput beside the floor for the same work, which
-comes from the matrix and copy rates measured in the same run.
+comes from the matrix and copy rates measured in the same run. On a GPU a few steps in the middle of
+each case are traced, for the share of time that the GPU waits; ``--decode N`` (repeatable) does the
+same for steps of N sequences that all decode. The clock stands still while a trace is written.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
+from gpu_trace import read_activity
 
 from sidp_jax.config import load_config
 from sidp_jax.engine import Engine
@@ -30,6 +34,7 @@ from sidp_jax.request import SamplingParams
 from sidp_jax.startup import start_jax
 
 Lengths = list[tuple[int, int]]
+_DECODE_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Ceilings:
 
 
 def measure_ceilings(dtype: str, size: int) -> Ceilings:
-    """Times a ``size`` x ``size`` matrix product and a copy of ``64 * size * size`` values."""
+    """Times ``size`` x ``size`` matrix products and a copy of ``64 * size * size`` values."""
     import jax
     import jax.numpy as jnp
 
@@ -60,9 +65,16 @@ def measure_ceilings(dtype: str, size: int) -> Ceilings:
         return min(times)
 
     x, y = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
-    seconds = best(jax.jit(lambda x, y: [x @ (y + i) for i in range(8)]), x, y) / 8
+    y = y / size**0.5  # so that the products of products keep their size
+
+    def products(x: jax.Array, y: jax.Array) -> jax.Array:
+        for _ in range(8):
+            x = x @ y
+        return x
+
+    seconds = best(jax.jit(products), x, y) / 8
     block = jnp.ones((64, size, size), jnp.dtype(dtype))
-    copy = best(jax.jit(lambda x: x + 1), block)
+    copy = best(jax.jit(jnp.copy), block)
     return Ceilings(2 * size**3 / seconds, 2 * block.nbytes / copy)
 
 
@@ -111,13 +123,42 @@ def floor_seconds(engine: Engine, lengths: Lengths, ceilings: Ceilings) -> float
     )
 
 
-def run_case(engine: Engine, lengths: Lengths, seed: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Trace:
+    """A few steps of a job to trace.
+
+    Attributes:
+        folder: Where the trace goes.
+        first: Number of the first step.
+        steps: How many.
+    """
+
+    folder: Path
+    first: int
+    steps: int = _DECODE_STEPS
+
+    def before_step(self, number: int) -> float:
+        """Starts or ends the trace where it is due; seconds that this took."""
+        import jax
+
+        start = time.perf_counter()
+        if number == self.first:
+            jax.profiler.start_trace(self.folder)
+        elif number == self.first + self.steps:
+            jax.profiler.stop_trace()
+        return time.perf_counter() - start
+
+
+def run_case(
+    engine: Engine, lengths: Lengths, seed: int, trace: Trace | None = None
+) -> dict[str, float]:
     """Runs one job to its end.
 
     Args:
         engine: Idle, warmed up.
         lengths: Prompt and output tokens of each request.
         seed: Seed of the prompts' token ids.
+        trace: Steps to trace.
     """
     rng = np.random.default_rng(seed)
     vocab = engine.model_config.vocab_size
@@ -128,10 +169,14 @@ def run_case(engine: Engine, lengths: Lengths, seed: int) -> dict[str, float]:
     for index, (prompt, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
         engine.add_request(f"{seed}-{index}", prompt, params)
-    produced = 0
-    while engine.has_work:
+    produced, paused = 0, 0.0
+    for number in count():
+        if not engine.has_work:
+            break
+        if trace is not None:
+            paused += trace.before_step(number)
         produced += sum(len(o.outputs[0].token_ids) for o in engine.step())
-    wall = time.perf_counter() - start
+    wall = time.perf_counter() - start - paused
     prompt_tokens = sum(i for i, _ in lengths)
     assert produced == sum(o for _, o in lengths), "every request has its length"
     steps = sum(engine.stats.steps.values()) - steps
@@ -152,11 +197,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs all cases, prints a line for each and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--case", action="append", required=True, metavar="N,IN,OUT")
+    parser.add_argument("--case", action="append", default=[], metavar="N,IN,OUT")
+    parser.add_argument("--decode", action="append", default=[], type=int, metavar="N")
+    parser.add_argument("--trace", type=Path, help="folder for traces of a GPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)
     cases = {text: parse_case(text) for text in arguments.case}
+    cases |= {f"decode {n}": [(16, 3 * _DECODE_STEPS)] * n for n in arguments.decode}
+    if not cases:
+        parser.error("nothing to do: give --case or --decode")
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("sidp_jax").setLevel(logging.INFO)
     config = load_config(arguments.config, ["load_format=dummy", *arguments.overrides])
@@ -170,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     engine = build_engine(config)
     ready = time.perf_counter() - start
+    longest = max(i + o for lengths in cases.values() for i, o in lengths)
+    if longest > engine.max_model_len:
+        parser.error(f"a case has {longest} tokens a request; set max_model_len={longest}")
     run_case(engine, [(16, 4)] * min(64, engine.max_concurrency), seed=0)
     report = {
         "what": f"measured on one {device.device_kind}, pool of {config.pool_size}",
@@ -183,7 +236,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cases": {},
     }
     for seed, (name, lengths) in enumerate(cases.items(), 1):
-        figures = run_case(engine, lengths, seed)
+        trace = None
+        if arguments.trace is not None:
+            folder = arguments.trace / name.replace(",", "-").replace(" ", "-").lstrip("@")
+            trace = Trace(folder, max(output for _, output in lengths) // 2)
+        figures = run_case(engine, lengths, seed, trace)
+        if trace is not None:
+            activity = read_activity(trace.folder)
+            figures["gpu_idle_share"] = activity.idle_share
+            print(activity.table())
         floor = floor_seconds(engine, lengths, ceilings)
         figures |= {"floor_s": floor, "ratio_to_floor": figures["wall_s"] / floor}
         memory = device.memory_stats() or {}

@@ -118,14 +118,16 @@ class BatchLayout:
 
 
 def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """The numbers of tokens that steps are padded to: 16, 64, 256, then doubling, then the most.
+    """The numbers of tokens that steps are padded to: 16, 64, 128, 192, 256, 384, 512, ..., the most.
 
-    Up to 256 tokens a GPU's matrix products take as long as their weights take to read, so padding
-    costs next to nothing there, and fewer shapes are fewer programs to compile.
+    Up to some 128 tokens a GPU's matrix products take as long as their weights take to read, so
+    padding costs next to nothing. Beyond it costs in proportion: from 128 on there are two sizes to
+    an octave.
     """
-    doubling = (2**i for i in range(9, max_num_batched_tokens.bit_length()))
+    octaves = (2**i for i in range(7, max_num_batched_tokens.bit_length()))
+    sizes = (16, 64, *(n for octave in octaves for n in (octave, octave * 3 // 2)))
     most = max_num_batched_tokens
-    return *(n for n in (16, 64, 256, *doubling) if n < most), most
+    return *(n for n in sizes if n < most), most
 
 
 def unpack(
