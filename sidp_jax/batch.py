@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,9 @@ from sidp_jax.request import Sequence
 from sidp_jax.scheduler import Chunk, StepPlan
 
 NO_SLOT = 2**31 - 1  # slot of an empty row: out of range for any number of slots
+# Fields start at multiples of so many int32, 256 bytes: kernels read them in place, and a kernel's
+# arguments have to be aligned so.
+_ALIGNMENT = 64
 
 
 class StepBatch(NamedTuple):
@@ -54,9 +57,10 @@ _CONSTANTS = StepBatch._fields[StepBatch._fields.index("prompt_lens") :]
 
 
 class Field(NamedTuple):
-    """Where a field of the batch lies in the buffer."""
+    """Where a field of the batch lies in the buffer; it may be smaller than its room there."""
 
     offset: int
+    room: int
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -88,14 +92,15 @@ class BatchLayout:
         fields, offset = {}, 0
         for name, spec in StepBatch.__annotations__.items():
             shape = tuple(sizes[dim] for dim in spec.dim_str.split())
-            fields[name] = Field(offset, shape, np.dtype(spec.dtypes[0]))
-            offset += prod(shape)
+            room = ceil(prod(shape) / _ALIGNMENT) * _ALIGNMENT
+            fields[name] = Field(offset, room, shape, np.dtype(spec.dtypes[0]))
+            offset += room
         return fields
 
     @cached_property
     def size(self) -> int:
         """Length of the buffer, in int32."""
-        return sum(prod(field.shape) for field in self.fields.values())
+        return sum(field.room for field in self.fields.values())
 
     @cached_property
     def constants(self) -> np.dtype:
@@ -118,7 +123,7 @@ class BatchLayout:
 
 
 def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """The numbers of tokens that steps are padded to: 16, 64, 128, 192, 256, 384, 512, ..., the most.
+    """The numbers of tokens that steps are padded to: 16, 64, 128, 192, 256, 384, ..., the most.
 
     Up to some 128 tokens a GPU's matrix products take as long as their weights take to read, so
     padding costs next to nothing. Beyond it costs in proportion: from 128 on there are two sizes to
@@ -173,7 +178,7 @@ def widen(
     for name, field in layout.fields.items():
         size = prod(field.shape)
         part = buffer[field.offset : field.offset + size]
-        more = prod(widest.fields[name].shape) - size
+        more = widest.fields[name].room - size
         parts.append(pad(part, more, padding.get(name, 0)) if more else part)
     return concatenate(parts)
 

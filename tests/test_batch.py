@@ -188,8 +188,10 @@ def test_the_fields_fill_the_buffer_without_overlap():
     end = 0
     for field in layout.fields.values():
         assert field.offset == end
+        assert field.offset * field.dtype.itemsize % 256 == 0, "what a kernel's argument needs"
         assert field.dtype.itemsize == 4
-        end += prod(field.shape)
+        assert prod(field.shape) <= field.room < prod(field.shape) + 64
+        end += field.room
     assert layout.size == end
     assert layout.fields["query_starts"].shape == (4,)
     assert layout.fields["block_tables"].shape == (3, 4)
