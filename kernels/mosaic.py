@@ -17,16 +17,21 @@ def gpu_kernel(
     scratch: Sequence[Any],
     out_type: Sequence[Any] = (),
     warpgroups: int = 1,
+    cluster: int = 1,
     interpret: Any = None,
 ) -> Callable[..., Any]:
     """Build a kernel over a line of thread blocks, called "block"; its threads are "wg".
+
+    With `cluster` above 1, "block" counts clusters of so many blocks, and a block's place in its
+    cluster is "cluster".
 
     The same as `plgpu.kernel` without its rule for `vmap`, which in jax 0.10 loses the effect on a
     mutable array that is passed in. Arguments may be such arrays (`in_place`); they are written in
     place. Inside `jax.shard_map` these kernels need `check_vma=False`.
     """
     threads = {} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "wg"}
-    mesh = plgpu.Mesh(grid=(grid,), grid_names=("block",), **threads)
+    clusters = {} if cluster == 1 else {"cluster": (cluster,), "cluster_names": ("cluster",)}
+    mesh = plgpu.Mesh(grid=(grid,), grid_names=("block",), **threads, **clusters)
 
     def scoped(*refs):
         axes = "wg" if warpgroups > 1 else ()

@@ -1,0 +1,261 @@
+"""Check and time products with a row chosen on the device, beside cuBLAS and the ceilings.
+
+    python experiments/bench_matmul.py --out results.json [--tokens 16,256] [--sweep]
+
+The four projections of Qwen2.5-72B. Two rows of the weights take turns, each larger than the L2
+cache; activations are random and differ from call to call; memory is filled with NaN before each
+check, and every figure's result is compared with a float32 reference on a sample of its outputs.
+Device time, of calls queued in one program. The floor of a product is the longer of reading its
+weights, at the bandwidth of a copy, and of its operations, at the rate of a large product, both
+measured in the same run. Prints a compact table last.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import faulthandler
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_kernels import ceilings, poison, relative_error, seconds_of
+from jax import lax
+
+from sidp_jax.kernels.indexed_matmul import indexed_matmul
+from sidp_jax.kernels.indexed_matmul_mosaic import TuningConfig, choose, group_of
+
+PROJECTIONS = {  # (outputs, inputs)
+    "qkv": (10240, 8192),
+    "out": (8192, 8192),
+    "gate_up": (59136, 8192),
+    "down": (8192, 29568),
+}
+TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+CALLS = 8  # of one timed program
+HANGS = 60  # seconds after which a measurement counts as hanging
+LIMIT = 1e-2  # relative error in bfloat16
+
+
+def sweep_configs(tokens: int, outputs: int, inputs: int) -> Iterator[TuningConfig]:
+    """Configs worth a measurement: what the heuristic chooses, and what it may be wrong about."""
+    yield choose(tokens, outputs, inputs)
+    # Tiles such that one or two rounds of all multiprocessors take them.
+    even = next(n for n in range(16, 512, 16) if -(-outputs // n) <= 132)
+    rounds = 1
+    while even > 256:
+        rounds += 1
+        even = next(n for n in range(16, 512, 16) if -(-outputs // n) <= 132 * rounds)
+
+    def make(block_tokens, block_outputs, block_inputs=64, *, cluster=1, share="inputs", **rest):
+        group = group_of(tokens, block_tokens, cluster, share)
+        shared = {"cluster": cluster, "share": share, "group_tokens": group}
+        return TuningConfig(block_tokens, block_outputs, block_inputs, **shared, **rest)
+
+    if tokens <= 64:
+        for block_inputs in (64, 128, 256):
+            yield make(64, min(even, 128), block_inputs)
+        yield make(64, min(2 * even, 256), 128 if even < 64 else 64, splits=2)
+        if tokens == 64:
+            yield make(64, min(even, 128), 128, cluster=2)
+            yield make(64, min(even, 128), 128, cluster=4, num_sms=128)
+            yield make(64, min(2 * even, 256), splits=2, cluster=2)
+    elif tokens <= 128:
+        yield make(128, min(even, 256), cluster=2)
+        yield make(128, min(even, 256), cluster=4, num_sms=128)
+        yield make(128, min(2 * even, 256), splits=2)
+        yield make(128, min(2 * even, 256), splits=2, cluster=2)
+        yield make(128, min(2 * even, 256), splits=2, cluster=4, num_sms=128)
+        yield make(128, 256, splits=4, cluster=2)
+    else:
+        yield make(128, 256)
+        yield make(128, 256, cluster=2, share="weights")
+        yield make(128, 256, cluster=2, share="inputs")
+        yield make(256, 128)
+        yield make(256, 128, cluster=2, share="inputs")
+        yield make(128, 192, cluster=2, share="weights")
+        yield make(128, 224, cluster=2, share="weights")
+        if tokens == 256:
+            yield make(128, min(2 * even, 256), cluster=2, share="weights")
+            yield make(128, 256, splits=2, cluster=2, share="weights")
+            yield make(128, 128, cluster=2, share="weights")
+            yield make(256, min(even, 128), cluster=2)
+
+
+class Product:
+    """One projection: rows of weights in both forms, and activations for every call."""
+
+    def __init__(self, name: str, tokens: int, weights):
+        self.name, self.tokens, self.weights = name, tokens, weights
+        self.outputs, self.inputs = PROJECTIONS[name]
+        shape = (tokens, self.inputs)
+        keys = jax.random.split(jax.random.key(time.time_ns() % 2**31), CALLS)
+        make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
+        self.x = [make(key) for key in keys]
+
+    def floor(self, ceiling: dict[str, float]) -> float:
+        """Seconds that this machine needs at least."""
+        weight_bytes = 2 * self.outputs * self.inputs
+        flops = 2 * self.tokens * self.outputs * self.inputs
+        return max(weight_bytes / (ceiling["TB/s"] * 1e12), flops / (ceiling["TFLOP/s"] * 1e12))
+
+    def measure(self, multiply) -> tuple[float, float]:
+        """Seconds of one call of `multiply(x, weights, row)`, and its relative error."""
+
+        @jax.jit
+        def program(x, weights, rows):
+            return [multiply(x[i], weights, rows[i]) for i in range(CALLS)]
+
+        rows = jnp.arange(CALLS, dtype=jnp.int32) % 2
+        poison(1.0)
+        out = program(self.x, self.weights, rows)
+        error = max(self.sample_error(out[i], i) for i in (0, CALLS - 1))
+        del out
+        inner = 4 if self.tokens <= 1024 else 2
+        return seconds_of(program, self.x, self.weights, rows, inner=inner) / CALLS, error
+
+    def sample_error(self, out, call: int) -> float:
+        """Relative error of some outputs of all tokens, edges included."""
+        edges = (np.arange(16), np.arange(self.outputs - 16, self.outputs))
+        columns = np.unique(np.concatenate([*edges, np.arange(7, self.outputs, 61)]))
+        kernel = self.weights[call % 2]
+        expected = _wide_product(self.x[call], kernel[columns])
+        return relative_error(out[:, columns].astype(jnp.float32), expected)
+
+
+@jax.jit
+def _wide_product(x, kernel):
+    dot = partial(jnp.dot, precision=lax.Precision.HIGHEST)
+    return dot(x.astype(jnp.float32), kernel.astype(jnp.float32).T)
+
+
+def cublas(x, weights, row_number: int):
+    """XLA's product with one plain array."""
+    return lax.dot_general(x, weights[row_number], (((1,), (1,)), ((), ())))
+
+
+def bench(report: dict, name: str, tokens: int, weights, configs, forms) -> None:
+    """Measure one projection with one number of tokens."""
+    product = Product(name, tokens, weights)
+    floor = product.floor(report["ceilings"])
+
+    def add(kind: str, multiply, config: TuningConfig | None = None) -> None:
+        # A kernel that hangs must not take the machine's time with it.
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        if kind == "stacked":
+            product.weights = jnp.stack(weights)
+        try:
+            seconds, error = product.measure(multiply)
+        except Exception as failure:  # one config must not end a sweep
+            print(f"FAILED {name} {tokens} {kind} {config}: {failure}"[:600], flush=True)
+            report["failures"].append([name, tokens, kind, str(config), str(failure)[:2000]])
+            return
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            product.weights = weights
+        row = {"projection": name, "tokens": tokens, "kind": kind, "us": seconds * 1e6}
+        row |= {"floor_us": floor * 1e6, "ratio": seconds / floor, "error": error}
+        row["config"] = None if config is None else dataclasses.asdict(config)
+        row["chosen"] = config == choose(tokens, *PROJECTIONS[name])
+        report["matmul"].append(row)
+        mark = "" if error < LIMIT else "  BAD"
+        print(
+            f"{name:8s} {tokens:5d} {kind:8s} {row['us']:9.1f} us  x{row['ratio']:.3f} of floor  "
+            f"error {error:.1e}  {describe(config)}{mark}",
+            flush=True,
+        )
+
+    rows = iter(range(2**30))  # calls are traced in order: they alternate
+
+    def plain(x, weights, _):
+        return cublas(x, weights, next(rows) % 2)
+
+    add("cuBLAS", plain)
+    for config in configs:
+        for form in forms:
+            add(form, partial(indexed_matmul, implementation="mosaic", tuning=config), config)
+
+
+def describe(config: TuningConfig | None) -> str:
+    """A config in a few characters."""
+    if config is None:
+        return ""
+    c = config
+    shared = f" {c.cluster} share {c.share}" if c.cluster > 1 else ""
+    split = f" split {c.splits}" if c.splits > 1 else ""
+    return f"{c.block_tokens}x{c.block_outputs}x{c.block_inputs} deep {c.depth}{split}{shared}"
+
+
+def table(report: dict) -> str:
+    """The ratios to the floor: of the chosen config, of the best one, and of cuBLAS."""
+    lines = ["tokens  " + "".join(f"{name:>28s}" for name in PROJECTIONS)]
+    lines.append("        " + "       chosen   best  cuBLAS" * len(PROJECTIONS))
+    for tokens in dict.fromkeys(row["tokens"] for row in report["matmul"]):
+        line = f"{tokens:6d}  "
+        for name in PROJECTIONS:
+            rows = [
+                row
+                for row in report["matmul"]
+                if (row["tokens"], row["projection"]) == (tokens, name) and row["error"] < LIMIT
+            ]
+            ours = [row["ratio"] for row in rows if row["kind"] != "cuBLAS"]
+            chosen = [row["ratio"] for row in rows if row["chosen"]]
+            other = [row["ratio"] for row in rows if row["kind"] == "cuBLAS"]
+            cells = [min(found, default=float("nan")) for found in (chosen, ours, other)]
+            line += "      " + "".join(f"{cell:7.3f}" for cell in cells) + " "
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what was asked for and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--only", default=",".join(PROJECTIONS), help="projections")
+    parser.add_argument("--forms", default="tuple", help="of the weights: tuple, stacked")
+    parser.add_argument("--sweep", action="store_true", help="several configs of each product")
+    parser.add_argument("--seconds", type=float, default=220, help="start nothing after so many")
+    args = parser.parse_args()
+    started = time.monotonic()
+    device = jax.devices()[0]
+    report = {
+        "machine": device.device_kind,
+        "versions": {
+            "jax": jax.__version__,
+            "platform": " ".join(device.client.platform_version.split()),
+            "python": sys.version.split()[0],
+        },
+        "command": " ".join(["python", "experiments/bench_matmul.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "ceilings": ceilings(),
+        "matmul": [],
+        "failures": [],
+    }
+    smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
+    report["nvidia_smi"] = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
+    print(json.dumps(report["ceilings"]), report["nvidia_smi"], flush=True)
+    for name in args.only.split(","):
+        make = jax.jit(lambda key, s=PROJECTIONS[name]: jax.random.normal(key, s, jnp.bfloat16))
+        weights = tuple(make(key) for key in jax.random.split(jax.random.key(3)))
+        for tokens in map(int, args.tokens.split(",")):
+            if time.monotonic() - started > args.seconds:
+                print(f"left out for lack of time: {name} {tokens}", flush=True)
+                continue
+            shape = (tokens, *PROJECTIONS[name])
+            configs = sweep_configs(*shape) if args.sweep else [choose(*shape)]
+            bench(report, name, tokens, weights, dict.fromkeys(configs), args.forms.split(","))
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
