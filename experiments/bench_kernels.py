@@ -9,17 +9,14 @@ reference on a sample of its queries before it is timed. Prints figure, ceiling 
 
 import argparse
 import dataclasses
-import datetime
-import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from report import Report
 
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention, ragged_attention_reference
@@ -331,24 +328,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="beginnings of case names, or 'corners', 'kv'")
     args = parser.parse_args()
     only = tuple(word for word in args.only.split(",") if word)
-    device = jax.devices()[0]
-    report = {
-        "machine": device.device_kind,
-        "versions": {
-            "jax": jax.__version__,
-            "platform": " ".join(device.client.platform_version.split()),
-            "python": sys.version.split()[0],
-        },
-        "command": f"python experiments/bench_kernels.py --only '{args.only}'",
-        "date": datetime.date.today().isoformat(),
-        "ceilings": ceilings(),
-        "checks": [],
-        "attention": [],
-        "kv_update": [],
-    }
-    smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
-    report["nvidia_smi"] = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
-    print(json.dumps(report["ceilings"]), report["nvidia_smi"], flush=True)
+    empty = {"checks": [], "attention": [], "kv_update": []}
+    what = f"measured on one {jax.devices()[0].device_kind}"
+    written = Report(what, args.out, ceilings=ceilings(), **empty)
+    report = written.content
     parts = [lambda: bench_attention(report, only)]
     if not only or "kv" in only:
         parts.append(lambda: bench_update(report))
@@ -356,9 +339,7 @@ def main() -> None:
         parts.append(lambda: check_corners(report))
     for part in parts:
         part()
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+        written.write()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ KV_TARGET = 1.8
 """Least KV tokens of 4 replicas of 2 GPUs each that pool, in terms of 4 that do not."""
 
 
+_BUDGET = "not started: --budget-s is spent"
+_SHOWN = (
+    *("group", "mode", "layers", "tokens", "work", "step_ms", "layer_ms", "ratio_to_replicated"),
+    *("met", "layer_ms_with_link", "temporary_layers", "kv_tokens", "kv_tokens_compiled"),
+    *("finite_keys", "compile_s"),
+)
+
+
 @dataclass(frozen=True)
 class Group:
     """Steps on one set of weights.
@@ -67,6 +75,42 @@ class Group:
     modes: tuple[str, ...]
     sizes: tuple[int, ...]
     layers: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a group is compiled for.
+
+    Attributes:
+        group: What to run.
+        form: The static side of its steps.
+        work: What a replica does in a step, by its tokens.
+        pages: Pages of a replica's cache, by mode; modes that do not fit are left out.
+    """
+
+    group: Group
+    form: Form
+    work: dict[int, Work]
+    pages: dict[str, int]
+
+    def lowering(self, mode: str, tokens: int) -> Callable[[], jax.stages.Lowered]:
+        """What lowers one program."""
+        return partial(self.form.lower, mode, tokens, max(self.group.sizes), self.pages[mode])
+
+
+def pages_beside(fixed: int, usable: int, page_bytes: int) -> int:
+    """Pages of the cache that fit beside ``fixed`` bytes.
+
+    Raises:
+        ValueError: Not even one does.
+    """
+    pages = (usable - fixed) // page_bytes
+    if pages < 1:
+        raise ValueError(
+            f"{fixed / 1e9:.1f} GB beside the KV cache leave no room for a page in the "
+            f"{usable / 1e9:.1f} GB of a device that may be used; take fewer layers or tokens"
+        )
+    return pages
 
 
 class Bench:
@@ -98,12 +142,48 @@ class Bench:
         self.name, self.model = Path(folder).name, ModelConfig.from_pretrained(folder)
         if self.options.layers:
             self.model = replace(self.model, num_layers=self.options.layers)
-        for group in self._groups():
+        plans = self._plans()
+        if self.options.probe:
+            self._fit_caches(plans)
+        for plan in plans:
             if time.monotonic() > self.options.deadline:
-                self.report.add("errors", {"group": group.name, "error": "--budget-s is spent"})
+                self.report.add("errors", {"group": plan.group.name, "error": _BUDGET})
                 continue
+            with self.report.errors(model=self.name, group=plan.group.name):
+                self._run_group(plan)
+
+    def _plans(self) -> list[Plan]:
+        """The groups, with caches that should fit by estimate."""
+        plans = []
+        for group in self._groups():
+            work = {size: self._work(size) for size in group.sizes}
             with self.report.errors(model=self.name, group=group.name):
-                self._run_group(group)
+                form = self._form(group, group.layers or self._layers_that_fit(group, work))
+                plan = Plan(group, form, work, {})
+                plans.append(plan)
+                for mode in group.modes:
+                    with self.report.errors(model=self.name, group=group.name, mode=mode):
+                        fixed = self._fixed(form, group, mode)
+                        plan.pages[mode] = pages_beside(fixed, self.usable, form.page_bytes)
+        return plans
+
+    def _fit_caches(self, plans: list[Plan]) -> None:
+        """Sizes the caches anew, by what the compiler says about the largest step of each mode."""
+        # Tuning GEMMs is most of a compilation and changes no buffer.
+        options = {"xla_gpu_autotune_level": 0} if self.options.platform == "gpu" else None
+        lowerings = {
+            (number, mode): plan.lowering(mode, self._sizes(plan.group, mode)[-1])
+            for number, plan in enumerate(plans)
+            for mode in plan.pages
+        }
+        for (number, mode), program, _ in compile_all(lowerings, options, self.options.threads):
+            plan = plans[number]
+            with self.report.errors(model=self.name, group=plan.group.name, mode=mode):
+                pages = plan.pages.pop(mode)
+                if isinstance(program, Exception):
+                    raise program
+                fixed = self._used(plan.form, program) - pages * plan.form.page_bytes
+                plan.pages[mode] = pages_beside(fixed, self.usable, plan.form.page_bytes)
 
     def _groups(self) -> Iterator[Group]:
         options, layers, pool = self.options, self.model.num_layers, self.options.pool_size
@@ -118,18 +198,18 @@ class Bench:
             yield Group(f"pooled {replicas} x TP{size}", replicas, size, (WAS,), budget, layers)
             yield Group(f"plain {replicas} x TP{size}", 1, size, (REPLICATED,), budget, layers)
 
-    def _run_group(self, group: Group) -> None:
-        work = {size: self._work(size) for size in group.sizes}
-        form = self._form(group, group.layers or self._layers_that_fit(group, work))
-        pages = {mode: self._pages(form, group, mode) for mode in group.modes}
+    def _sizes(self, group: Group, mode: str) -> list[int]:
+        """Tokens of the steps of a mode, ascending."""
+        most = self.options.cas_limit if mode == CAS else max(group.sizes)
+        return [size for size in group.sizes if size <= most]
+
+    def _run_group(self, plan: Plan) -> None:
+        group, form, pages = plan.group, plan.form, plan.pages
         started = time.perf_counter()
         lowerings = {
-            (mode, size): lambda mode=mode, size=size: form.lower(
-                mode, size, max(group.sizes), pages[mode]
-            )
-            for mode in group.modes
-            for size in group.sizes
-            if mode != CAS or size <= self.options.cas_limit
+            (mode, size): plan.lowering(mode, size)
+            for mode in pages
+            for size in self._sizes(group, mode)
         }
         options = aot._compiler_options() if self.options.platform == "aot" else None
         programs = {}
@@ -143,12 +223,13 @@ class Bench:
         print(f"{group.name}: {time.perf_counter() - started:.1f} s to compile", flush=True)
         if self.options.platform == "aot":
             for _, row in programs.values():
-                self.report.add("compiled", row)
+                self.report.add("compiled", row, _SHOWN)
             return
-        self._measure(form, group, work, programs, pages)
+        self._measure(plan, programs)
 
-    def _measure(self, form, group: Group, work: dict[int, Work], programs, pages) -> None:
+    def _measure(self, plan: Plan, programs) -> None:
         """Runs the compiled programs of a group, each mode with a cache of its own."""
+        group, form, pages, work = plan.group, plan.form, plan.pages, plan.work
         program, started = form.program, time.perf_counter()
         weights = load_weights(
             None,
@@ -160,7 +241,7 @@ class Bench:
             load_format="dummy",
         )
         print(f"{group.name}: weights in {time.perf_counter() - started:.1f} s", flush=True)
-        for mode in group.modes:
+        for mode in dict.fromkeys(mode for mode, _ in programs):
             stepper = None
             sizes = [size for other, size in programs if other == mode]
             with self.report.errors(
@@ -172,7 +253,7 @@ class Bench:
             for size in sizes if stepper else ():
                 compiled, row = programs[mode, size]
                 if time.monotonic() > self.options.deadline:
-                    self.report.add("errors", row | {"error": "--budget-s is spent"})
+                    self.report.add("errors", row | {"error": _BUDGET})
                     continue
                 with self.report.errors(**row):
                     self._run(stepper, compiled, work[size], row)
@@ -202,7 +283,8 @@ class Bench:
             "peak_bytes_so_far": memory.get("peak_bytes_in_use"),
             "finite_keys": finite_share(stepper.kv.k),
         }
-        self.report.add("steps", row | self._per_layer(form, row["mode"], size, timing.in_a_row))
+        row |= self._per_layer(form, row["mode"], size, timing.in_a_row)
+        self.report.add("steps", row, _SHOWN)
 
     def _per_layer(self, form: Form, mode: str, tokens: int, seconds: float) -> dict[str, Any]:
         """Time of a layer without the link, with it, as estimated, and beside the baseline's."""
@@ -255,7 +337,6 @@ class Bench:
         setting = estimate.Setting(
             model, self.hardware, item, form.page_size, form.max_model_len, 1.0
         )
-        limit = self.options.cas_limit if mode == CAS else max(group.sizes)
         candidate = estimate.Candidate(
             group.pool_size,
             group.tensor_size,
@@ -263,7 +344,7 @@ class Bench:
             form.program.layout.resident_layers,
             (REPLICATED,),
             form.max_num_seqs,
-            min(limit, max(group.sizes)),
+            self._sizes(group, mode)[-1],
         )
         layer = estimate.layer_shape(model, group.tensor_size, item).weight_bytes
         temporaries = BUFFERS[mode] * layer + estimate.activation_bytes(
@@ -274,30 +355,26 @@ class Bench:
     def _sampling(self, form: Form) -> int:
         return estimate.SAMPLING_BYTES * form.max_num_seqs * form.program.config.vocab_size
 
-    def _pages(self, form: Form, group: Group, mode: str) -> int:
-        """Pages of the cache that is compiled for and allocated."""
-        pages = (self.usable - self._fixed(form, group, mode)) // form.page_bytes
-        if pages < 1:
-            raise ValueError(f"{mode} of {group.name} has no room for a page beside the weights")
-        return pages
-
     def _layers_that_fit(self, group: Group, work: dict[int, Work]) -> int:
         """The most layers that fit with a cache that the work can be done in."""
         needed = max(step.pages(self.options.page_size) for step in work.values())
         for layers in range(self.model.num_layers, group.pool_size - 1, -1):
             form = self._form(group, layers)
-            rest = self.usable - self._fixed(form, group, REPLICATED)
-            if rest >= needed * form.page_bytes:
+            fixed = self._fixed(form, group, REPLICATED)
+            if self.usable - fixed >= needed * form.page_bytes:
                 return layers
         raise ValueError(f"{group.name}: not even {group.pool_size} layers fit")
 
+    def _used(self, form: Form, program: jax.stages.Compiled) -> int:
+        """Bytes of a device that the program and the sampler take, with weights and cache."""
+        memory = program.memory_analysis()
+        # The logits of the step are among the sampler's bytes.
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + self._sampling(form)
+
     def _memory(self, form: Form, program: jax.stages.Compiled, pages: int) -> dict[str, Any]:
         """What the compiler says, and the tokens that the cache could have held by that."""
-        memory = program.memory_analysis()
-        cache, sampling = pages * form.page_bytes, self._sampling(form)
-        # The logits of the step are among the sampler's bytes.
-        used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + sampling
-        fits = (self.usable - used + cache) // form.page_bytes
+        memory, used = program.memory_analysis(), self._used(form, program)
+        fits = (self.usable - used) // form.page_bytes + pages
         layout = form.program.layout
         return {
             "pool_size": layout.pool_size,
@@ -436,7 +513,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", required=True, help="folder with config.json")
-    parser.add_argument("--modes", default="replicated,was,cas,cas_staggered")
+    parser.add_argument(
+        "--modes", default="replicated,was,cas,cas_staggered", help="'' for --tensor alone"
+    )
     parser.add_argument("--sizes", default="16,128,512,2048,8192", help="tokens per replica")
     parser.add_argument("--pool-size", type=int, default=8)
     parser.add_argument("--layers", type=int, help="layers of the model; all by default")
@@ -455,16 +534,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hardware", help="profile of the GPU; by the device's name")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--memory-gb", type=float, help="memory of a device; what it has")
+    parser.add_argument(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        help="size caches by a compilation of their own instead of by estimate; not for aot",
+    )
     parser.add_argument("--round-s", type=float, default=0.5, help="seconds of a round of steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="compilations at a time; all cores")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing later")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
-    options.modes = tuple(options.modes.split(","))
+    options.modes = tuple(filter(None, options.modes.split(",")))
     if unknown := set(options.modes) - set(BUFFERS):
         parser.error(f"--modes: unknown {', '.join(sorted(unknown))}; known: {', '.join(BUFFERS)}")
     options.sizes = tuple(sorted(int(size) for size in options.sizes.split(",")))
+    if options.probe is None:
+        options.probe = options.platform != "aot"
     options.deadline = time.monotonic() + options.budget_s
     if options.platform == "aot" and not options.hardware:
         parser.error("--platform aot needs --hardware")

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,18 @@ class Report:
         print(json.dumps(self.content), flush=True)
         self.write()
 
-    def add(self, section: str, row: dict[str, Any]) -> None:
-        """Appends a row to a section, prints it and writes the file."""
+    def add(self, section: str, row: dict[str, Any], show: Collection[str] | None = None) -> None:
+        """Appends a row to a section, writes the file, and prints the row.
+
+        Args:
+            section: The list in the report.
+            row: The figures of one case.
+            show: What of the row to print; everything by default.
+        """
         self.content.setdefault(section, []).append(row)
         self.write()
-        print(section, json.dumps(_rounded(row)), flush=True)
+        shown = {name: row[name] for name in row if show is None or name in show}
+        print(section, json.dumps(_rounded(shown)), flush=True)
 
     @contextmanager
     def errors(self, **case: Any) -> Iterator[None]:
