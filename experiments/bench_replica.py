@@ -26,7 +26,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from mocked_pool import finite_share, randomize_free_memory, start, usable_bytes
-from one_step import Form, Stepper, Work, bytes_per_device, compile_all, put_local, time_steps
+from one_step import (
+    Form,
+    Stepper,
+    Work,
+    bytes_per_device,
+    compile_all,
+    layer_policy,
+    link_seconds,
+    put_local,
+    time_steps,
+)
 from report import Report
 
 from sidp_jax import aot, estimate
@@ -34,7 +44,7 @@ from sidp_jax.checkpoint import load_weights
 from sidp_jax.hardware import Hardware, load_profile
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
 
 BUFFERS = {REPLICATED: 0, WAS: 2, CAS: 1, CAS_STAGGERED: 7}
 """Layers of temporaries that the cache leaves room for. XLA needs six for staggered CaS."""
@@ -287,9 +297,7 @@ class Bench:
     def _per_layer(self, form: Form, mode: str, tokens: int, seconds: float) -> dict[str, Any]:
         """Time of a layer without the link, with it, as estimated, and beside the baseline's."""
         layers, pool = form.program.config.num_layers, form.program.layout.pool_size
-        item, tensor = form.dtype.itemsize, form.program.tensor_size
-        shape = replace(estimate.layer_shape(self.model, tensor, item), num_layers=layers)
-        policy = Policy((mode,), pool, shape, self.hardware)
+        tensor, policy = form.program.tensor_size, layer_policy(form, mode, self.hardware)
         # In staggered CaS a step has pool - 1 stages more than layers.
         stages = layers + pool - 1 if mode == CAS_STAGGERED else layers
         link = link_seconds(policy, mode, tokens)
@@ -388,18 +396,6 @@ class Bench:
             "kv_tokens_compiled": fits * form.page_size,
             "share_of_usable": used / self.usable,
         }
-
-
-def link_seconds(policy: Policy, mode: str, tokens: int) -> float:
-    """Seconds that the link is busy for one layer (in staggered CaS: one stage), by the profile."""
-    if mode == REPLICATED:
-        return 0.0
-    if mode == WAS:
-        return estimate.fetch_seconds(policy)
-    if mode == CAS:
-        return estimate.hop_seconds(policy, tokens)
-    fill = 1 + (policy.pool_size - 1) / policy.shape.num_layers
-    return policy.seconds(CAS_STAGGERED, tokens) / fill - policy.seconds(REPLICATED, tokens)
 
 
 def summarize(report: Report) -> None:

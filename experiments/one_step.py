@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sidp_jax import estimate
 from sidp_jax.batch import BatchLayout, build_batch
+from sidp_jax.hardware import Hardware
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.models.config import ModelConfig
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import SamplingParams, Sequence
 from sidp_jax.scheduler import Chunk, StepPlan
@@ -284,17 +287,23 @@ def time_steps(
 ) -> Timing:
     """Times a step: medians of several rounds, after a warm-up.
 
+    On the CPU every step is waited for: virtual devices share few threads, and the collectives of
+    several steps at a time can block them all.
+
     Args:
         launch: Sends one step and returns what to wait for.
         target_seconds: About how long a round takes.
         rounds: Rounds of steps in a row; single steps are as many.
         most: Most steps of a round.
     """
+    one_at_a_time = jax.default_backend() == "cpu"
 
     def seconds(steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
             result = launch()
+            if one_at_a_time:
+                jax.block_until_ready(result)
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / steps
 
@@ -302,3 +311,22 @@ def time_steps(
     blocked = median(seconds(1) for _ in range(rounds))
     steps = int(min(most, max(2, target_seconds / blocked)))
     return Timing(median(seconds(steps) for _ in range(rounds)), blocked, steps)
+
+
+def layer_policy(form: Form, mode: str, hardware: Hardware) -> Policy:
+    """The policy's formulas for one mode and one layer of a form, on some hardware."""
+    program = form.program
+    shape = estimate.layer_shape(program.config, program.tensor_size, form.dtype.itemsize)
+    return Policy((mode,), program.layout.pool_size, shape, hardware)
+
+
+def link_seconds(policy: Policy, mode: str, tokens: int) -> float:
+    """Seconds that the link is busy for one layer (in staggered CaS: one stage), by the profile."""
+    if mode == REPLICATED:
+        return 0.0
+    if mode == WAS:
+        return estimate.fetch_seconds(policy)
+    if mode == CAS:
+        return estimate.hop_seconds(policy, tokens)
+    fill = 1 + (policy.pool_size - 1) / policy.shape.num_layers
+    return policy.seconds(CAS_STAGGERED, tokens) / fill - policy.seconds(REPLICATED, tokens)
