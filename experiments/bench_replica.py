@@ -106,6 +106,10 @@ class Plan:
         return partial(self.form.lower, mode, tokens, max(self.group.sizes), self.pages[mode])
 
 
+Programs = dict[tuple[str, int], tuple[jax.stages.Compiled, dict[str, Any]]]
+"""By mode and tokens: the program, and what is known about it."""
+
+
 def pages_beside(fixed: int, usable: int, page_bytes: int) -> int:
     """Pages of the cache that fit beside ``fixed`` bytes.
 
@@ -151,14 +155,22 @@ class Bench:
         if self.options.layers:
             self.model = replace(self.model, num_layers=self.options.layers)
         plans = self._plans()
-        if self.options.probe:
+        if self.options.probe and not self._late():
             self._fit_caches(plans)
-        for plan in plans:
-            if time.monotonic() > self.options.deadline:
-                self.report.add("errors", {"group": plan.group.name, "error": _BUDGET})
-                continue
-            with self.report.errors(model=self.name, group=plan.group.name):
-                self._run_group(plan)
+        for batch in [[plan] for plan in plans] if self.options.by_group else [plans]:
+            compiled = [{} for _ in batch] if self._late() else self._compile(batch)
+            for plan, programs in zip(batch, compiled, strict=True):
+                if self._late():
+                    self.report.add("errors", {"group": plan.group.name, "error": _BUDGET})
+                elif self.options.platform == "aot":
+                    for _, row in programs.values():
+                        self.report.add("compiled", row, _SHOWN)
+                elif programs:
+                    with self.report.errors(model=self.name, group=plan.group.name):
+                        self._measure(plan, programs)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.options.deadline
 
     def _plans(self) -> list[Plan]:
         """The groups, with caches that should fit by estimate."""
@@ -211,31 +223,28 @@ class Bench:
         most = self.options.cas_limit if mode == CAS else max(group.sizes)
         return [size for size in group.sizes if size <= most]
 
-    def _run_group(self, plan: Plan) -> None:
-        group, form, pages = plan.group, plan.form, plan.pages
-        started = time.perf_counter()
+    def _compile(self, plans: list[Plan]) -> list[Programs]:
+        """Compiles the programs of groups side by side; those that fail are errors."""
         lowerings = {
-            (mode, size): plan.lowering(mode, size)
-            for mode in pages
-            for size in self._sizes(group, mode)
+            (number, mode, size): plan.lowering(mode, size)
+            for number, plan in enumerate(plans)
+            for mode in plan.pages
+            for size in self._sizes(plan.group, mode)
         }
         options = aot._compiler_options() if self.options.platform == "aot" else None
-        programs = {}
-        for (mode, size), program, seconds in compile_all(lowerings, options, self.options.threads):
-            case = {"model": self.name, "group": group.name, "mode": mode, "tokens": size}
+        programs: list[Programs] = [{} for _ in plans]
+        for key, program, seconds in compile_all(lowerings, options, self.options.threads):
+            number, mode, size = key
+            plan = plans[number]
+            case = {"model": self.name, "group": plan.group.name, "mode": mode, "tokens": size}
             with self.report.errors(**case):
                 if isinstance(program, Exception):
                     raise program
-                programs[mode, size] = program, case | self._memory(form, program, pages[mode])
-                programs[mode, size][1]["compile_s"] = seconds
-        print(f"{group.name}: {time.perf_counter() - started:.1f} s to compile", flush=True)
-        if self.options.platform == "aot":
-            for _, row in programs.values():
-                self.report.add("compiled", row, _SHOWN)
-            return
-        self._measure(plan, programs)
+                row = case | self._memory(plan.form, program, plan.pages[mode])
+                programs[number][mode, size] = program, row | {"compile_s": seconds}
+        return programs
 
-    def _measure(self, plan: Plan, programs) -> None:
+    def _measure(self, plan: Plan, programs: Programs) -> None:
         """Runs the compiled programs of a group, each mode with a cache of its own."""
         group, form, pages, work = plan.group, plan.form, plan.pages, plan.work
         program, started = form.program, time.perf_counter()
@@ -260,7 +269,7 @@ class Bench:
                 randomize_free_memory(largest, form.dtype)
             for size in sizes if stepper else ():
                 compiled, row = programs[mode, size]
-                if time.monotonic() > self.options.deadline:
+                if self._late():
                     self.report.add("errors", row | {"error": _BUDGET})
                     continue
                 with self.report.errors(**row):
@@ -451,6 +460,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--probe",
         action=argparse.BooleanOptionalAction,
         help="size caches by a compilation of their own instead of by estimate; not for aot",
+    )
+    parser.add_argument(
+        "--by-group", action="store_true", help="compile a group only when its turn comes"
     )
     parser.add_argument("--round-s", type=float, default=0.5, help="seconds of a round of steps")
     parser.add_argument("--rounds", type=int, default=3)

@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ class Report:
 
     def __init__(self, what: str, out: Path | None, **facts: Any):
         self.content = header(what) | facts
-        self._out = out
+        self._out, self._started = out, time.monotonic()
         print(json.dumps(self.content), flush=True)
         self.write()
 
@@ -72,7 +73,8 @@ class Report:
         self.content.setdefault(section, []).append(row)
         self.write()
         shown = {name: row[name] for name in row if show is None or name in show}
-        print(section, json.dumps(_rounded(shown)), flush=True)
+        elapsed = time.monotonic() - self._started
+        print(f"{elapsed:5.0f} s {section}", json.dumps(_rounded(shown)), flush=True)
 
     @contextmanager
     def errors(self, **case: Any) -> Iterator[None]:

@@ -144,3 +144,26 @@ def test_an_unknown_mode_is_refused(modes, capsys):
     with pytest.raises(SystemExit):
         bench_replica.parse(["--model", "m", "--modes", modes])
     assert "known: replicated, was, cas, cas_staggered" in capsys.readouterr().err
+
+
+def test_a_cache_is_sized_by_what_the_compiler_says(monkeypatch):
+    argument_bytes = []
+
+    def used(self, form, program):
+        memory = program.memory_analysis()
+        argument_bytes.append(memory.argument_size_in_bytes)
+        return memory.argument_size_in_bytes + 3_000_000
+
+    monkeypatch.setattr(bench_replica.Bench, "_used", used)
+    options = ("--modes", "was", "--sizes", "4", "--tensor", "0", "--probe")
+    (row,) = bench_replica.main([*ARGUMENTS, *options])["steps"]
+    usable, page_bytes = int(0.01e9 * 0.92), 2 * LAYERS * 2 * 32 * 2 * PAGE
+    assert 0 <= usable - 3_000_000 - row["argument_bytes"] < page_bytes
+    assert argument_bytes[1] == row["argument_bytes"] < argument_bytes[0]
+    assert row["kv_tokens"] == row["kv_tokens_compiled"]
+
+
+def test_no_room_for_a_cache_is_an_error_that_says_what_to_do():
+    assert bench_replica.pages_beside(fixed=30, usable=100, page_bytes=20) == 3
+    with pytest.raises(ValueError, match="take fewer layers or tokens"):
+        bench_replica.pages_beside(fixed=90, usable=100, page_bytes=20)
