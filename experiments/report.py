@@ -38,13 +38,19 @@ def header(what: str) -> dict[str, Any]:
             "platform": " ".join(device.client.platform_version.split()),
             "python": platform.python_version(),
         },
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *_without_out(sys.argv)]),
         "date": datetime.date.today().isoformat(),
     }
     if device.platform == "gpu":
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
         content["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return content
+
+
+def _without_out(words: list[str]) -> list[str]:
+    """A command line without ``--out``: where the report lies is no part of how it came about."""
+    pairs = zip([None, *words], words, strict=False)
+    return [word for before, word in pairs if "--out" not in (before, word.partition("=")[0])]
 
 
 class Report:

@@ -108,7 +108,7 @@ def test_every_mode_and_size_has_a_row(tmp_path):
     (summary,) = report["kv_per_gpu"]
     assert summary["kv_tokens_per_gpu"] == pooled["kv_tokens"] / 2
     assert summary["kv_tokens_ratio"] == pooled["kv_tokens"] / plain["kv_tokens"]
-    assert not summary["met"]  # the caches take nearly all of this memory, the weights nothing
+    assert summary["met"] is None  # the target is one of the 72B model's
 
 
 def test_a_step_that_fails_is_an_error_and_the_rest_goes_on(tmp_path, monkeypatch):

@@ -15,14 +15,16 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_the_header_says_what_where_and_how(tmp_path):
+def test_the_header_says_what_where_and_how(tmp_path, monkeypatch):
     out = tmp_path / "new" / "report.json"
+    words = ["bench.py", "--sizes", "16", "--out", str(out), "--modes", "was", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", words)
     Report("CPU devices", out, ceilings={"TB/s": 1.0})
     content = read(out)
     assert content["what"] == "CPU devices"
     assert content["device"] == "cpu"
     assert set(content["versions"]) == {"jax", "platform", "python"}
-    assert content["command"].startswith("python ")
+    assert content["command"] == "python bench.py --sizes 16 --modes was"
     assert content["ceilings"] == {"TB/s": 1.0}
 
 
