@@ -122,17 +122,19 @@ class BatchLayout:
         return np.tile(self._padding, (num_replicas, 1))
 
 
-def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """The numbers of tokens that steps are padded to: 16, 64, 128, 192, 256, 384, ..., the most.
+def token_buckets(max_num_batched_tokens: int, max_num_seqs: int = 1) -> tuple[int, ...]:
+    """The numbers of tokens that steps are padded to.
 
     Up to some 128 tokens a GPU's matrix products take as long as their weights take to read, so
-    padding costs next to nothing. Beyond it costs in proportion: from 128 on there are two sizes to
-    an octave.
+    padding costs next to nothing; beyond it costs in proportion. Steps of decode alone, of up to
+    ``max_num_seqs`` tokens, come in any size: four sizes to an octave there. Longer ones are filled
+    with prefill up to a size: two.
     """
-    octaves = (2**i for i in range(7, max_num_batched_tokens.bit_length()))
-    sizes = (16, 64, *(n for octave in octaves for n in (octave, octave * 3 // 2)))
+    octaves = [2**i for i in range(7, max_num_batched_tokens.bit_length())]
+    sizes = {16, 64, *octaves, *(n * 3 // 2 for n in octaves)}
+    sizes |= {n * k // 4 for n in octaves for k in (5, 7) if n * k // 4 < max_num_seqs}
     most = max_num_batched_tokens
-    return *(n for n in sizes if n < most), most
+    return *sorted(n for n in sizes if n < most), most
 
 
 def unpack(

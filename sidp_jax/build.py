@@ -22,6 +22,7 @@ from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
+from sidp_jax.pace import StepCosts
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
@@ -90,6 +91,7 @@ def build_engine(config: EngineConfig) -> Engine:
                 max_model_len=max_model_len,
                 page_size=config.page_size,
                 num_kv_pages=pages,
+                step_costs=_step_costs(policy, batches) if config.prefill == "spread" else None,
             )
         ),
         policy,
@@ -181,7 +183,7 @@ def _batch_layouts(
             pages=ceil(max_model_len / config.page_size),
             stop_ids=MAX_STOP_TOKEN_IDS + len(model.eos_token_ids),
         )
-        for tokens in token_buckets(config.max_num_batched_tokens)
+        for tokens in token_buckets(config.max_num_batched_tokens, config.max_num_seqs)
     )
 
 
@@ -242,6 +244,16 @@ def _policy(config: EngineConfig, model: ModelConfig, program: StepProgram) -> P
             raise ConfigError(str(error)) from error
     shape = layer_shape(model, config.tensor_parallel_size, jnp.dtype(config.dtype).itemsize)
     return Policy(_modes(config), config.pool_size, shape, load_profile(name))
+
+
+def _step_costs(policy: Policy, batches: tuple[BatchLayout, ...]) -> StepCosts:
+    """Estimated time of the layers at each size of a step, in the mode that the policy prefers."""
+    sizes = tuple(batch.tokens for batch in batches)
+    layers = policy.shape.num_layers
+    return StepCosts(
+        sizes,
+        tuple(layers * min(policy.seconds(mode, size) for mode in policy.modes) for size in sizes),
+    )
 
 
 def _log_sizes(engine: Engine, weights: Weights) -> None:

@@ -109,6 +109,8 @@ class EngineConfig:
         max_model_len: Longest sequence, prompt and output, in tokens; None is the model's own.
         max_num_seqs: Sequences that one replica runs at a time.
         max_num_batched_tokens: Tokens that one replica computes in one step.
+        prefill: ``spread`` evens prefill out over the steps, ``first`` does it as soon as there is
+            room in the cache.
         page_size: Tokens of one page of the KV cache.
         gpu_memory_utilization: Share of a device's memory that may be used.
         num_kv_pages: Pages of one replica's KV cache; None is what the memory has room for.
@@ -138,6 +140,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    prefill: Literal["spread", "first"] = "spread"
     page_size: int = 16
     gpu_memory_utilization: float = 0.92
     num_kv_pages: int | None = None

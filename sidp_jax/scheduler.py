@@ -1,9 +1,9 @@
 """Continuous batching: which tokens of which sequences every replica computes in the next step.
 
 One global queue feeds all the replicas of a pool. Decode comes first, prefill fills what is left of
-the token budget in chunks, and where pages run out the newest sequence starts again later
-(preemption by recomputation). The host plans one step ahead: step n+1 is planned before it knows
-the tokens of step n, so counters run ahead of token values (`Sequence.num_pending`).
+the step in chunks (how large a step, `pace` says), and where pages run out the newest sequence
+starts again later (preemption by recomputation). The host plans one step ahead: step n+1 is planned
+before it knows the tokens of step n: counters run ahead of token values (`Sequence.num_pending`).
 
 No jax here. Scheduling as in Orca (iteration level), Sarathi-Serve (chunked prefill beside decode)
 and vLLM (paged cache, preemption of the newest).
@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
+from sidp_jax.pace import Pace, StepCosts
 from sidp_jax.pages import PageAllocator, pages_for
 from sidp_jax.request import RequestError, Sequence
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Sizes of the pool; the last five are per replica.
+    """Sizes of the pool; all but the first are per replica.
 
     Attributes:
         pool_size: replicas.
@@ -32,6 +33,8 @@ class SchedulerConfig:
         max_model_len: most tokens of a sequence, prompt and output together.
         page_size: tokens per page of the KV cache.
         num_kv_pages: pages of the KV cache.
+        step_costs: what steps of each size cost, up to the token budget: prefill is spread over
+            steps of the best one. If None, prefill takes all that decode leaves of the budget.
     """
 
     pool_size: int
@@ -40,16 +43,22 @@ class SchedulerConfig:
     max_model_len: int
     page_size: int
     num_kv_pages: int
+    step_costs: StepCosts | None = None
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "step_costs" and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}, so that every running sequence can decode in "
                 "every step: raise the one or lower the other"
+            )
+        if self.step_costs and self.step_costs.sizes[-1] != self.max_num_batched_tokens:
+            raise ValueError(
+                f"the largest of the step sizes {self.step_costs.sizes} must be "
+                f"max_num_batched_tokens={self.max_num_batched_tokens}"
             )
 
 
@@ -126,6 +135,7 @@ class Scheduler:
         ]
         self.num_preemptions = 0
         self._waiting: list[tuple[int, Sequence]] = []  # a heap by seq_id: order of arrival
+        self._pace = Pace(config.step_costs)
 
     # Statistics
 
@@ -169,7 +179,7 @@ class Scheduler:
                 f"({config.num_kv_pages} pages of {config.page_size} tokens): "
                 "shorten the prompt, lower max_tokens or raise num_kv_pages"
             )
-        heapq.heappush(self._waiting, (sequence.seq_id, sequence))
+        self._enqueue(sequence)
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step.
@@ -178,7 +188,8 @@ class Scheduler:
             The plan, or None where there is nothing to compute: no work at all, or none before the
             tokens of the launched steps are recorded.
         """
-        drafts = [self._plan_running(replica) for replica in self.replicas]
+        size = self._step_size()
+        drafts = [self._plan_running(replica, size) for replica in self.replicas]
         self._admit(drafts)
         plan = StepPlan([draft.decodes + draft.prefills for draft in drafts])
         return plan if plan.max_seqs else None
@@ -191,8 +202,13 @@ class Scheduler:
         """
         if sequence.finish_reason is not None:
             return False
+        queued = sequence.slot is None  # preempted since
+        if queued:
+            self._pace.queue(sequence, -1)
         sequence.num_pending -= 1
         sequence.output.append(token)
+        if queued:
+            self._pace.queue(sequence)
         return True
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -211,10 +227,19 @@ class Scheduler:
 
     # The policy, piece by piece
 
-    def _plan_running(self, replica: Replica) -> Draft:
-        """Go on with a replica's running sequences, oldest first."""
+    def _step_size(self) -> int:
+        """Tokens that prefill fills the step of each replica to."""
+        config = self.config
+        if config.step_costs is None:
+            return config.max_num_batched_tokens
+        running = [sequence for replica in self.replicas for sequence in replica.running]
+        kv_tokens = config.num_kv_pages * config.page_size
+        return self._pace.step_size(running, config.pool_size, config.max_num_seqs, kv_tokens)
+
+    def _plan_running(self, replica: Replica, size: int) -> Draft:
+        """Go on with a replica's running sequences, oldest first, in a step of `size` tokens."""
         work = [sequence.num_remaining for sequence in replica.running]
-        draft = Draft(replica, budget=self._prefill_budget(num_decodes=work.count(1)))
+        draft = Draft(replica, budget=self._prefill_budget(size, num_decodes=work.count(1)))
         for sequence, remaining in zip(tuple(replica.running), work, strict=True):
             if sequence.slot is None:
                 break  # preempted for an older one, and so are all that are newer
@@ -226,9 +251,14 @@ class Scheduler:
                 draft.budget -= length
         return draft
 
-    def _prefill_budget(self, num_decodes: int) -> int:
-        """How much of a replica's token budget prefill may take: all that decode leaves."""
-        return self.config.max_num_batched_tokens - num_decodes
+    def _prefill_budget(self, size: int, num_decodes: int) -> int:
+        """How many tokens prefill may add to a replica's decodes: none of them makes a step longer.
+
+        Where decode alone exceeds `size`, prefill takes the place of the padding.
+        """
+        if self.config.step_costs and num_decodes > size:
+            size = self.config.step_costs.padded(num_decodes)
+        return size - num_decodes
 
     def _make_room(self, draft: Draft, sequence: Sequence, length: int) -> bool:
         """Give a running sequence pages for `length` more tokens, taken from the newest if need be.
@@ -262,6 +292,7 @@ class Scheduler:
             if not draft.replica.allocator.can_allocate(needed):
                 return
             heapq.heappop(self._waiting)
+            self._pace.queue(sequence, -1)
             self._start(sequence, draft.replica, needed)
             remaining = sequence.num_remaining
             length = min(remaining, draft.budget)
@@ -289,8 +320,12 @@ class Scheduler:
             "the oldest sequence of a replica fits its cache, so it is never preempted"
         )
         self._release(sequence)
-        heapq.heappush(self._waiting, (sequence.seq_id, sequence))
+        self._enqueue(sequence)
         self.num_preemptions += 1
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.seq_id, sequence))
+        self._pace.queue(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Take a running sequence's slot and pages."""
@@ -308,8 +343,11 @@ class Scheduler:
         for sequence in sequences:
             assert sequence.finish_reason is None, f"finished twice: {sequence}"
             sequence.finish_reason = reason
+            if reason != "abort":
+                self._pace.end(sequence)
             if sequence.slot is None:
                 waiting = True
+                self._pace.queue(sequence, -1)
             else:
                 self._release(sequence)
         if waiting:
@@ -339,6 +377,11 @@ class Scheduler:
         seq_ids = [sequence.seq_id for sequence in self._unfinished()]
         assert len(seq_ids) == len(set(seq_ids)), "a sequence in two places"
         assert all(sequence.finish_reason is None for sequence in self._unfinished())
+        counted = Pace(None)
+        for _, sequence in self._waiting:
+            counted.queue(sequence)
+        sums = ("waiting", "prompt_tokens", "output_tokens")
+        assert all(getattr(self._pace, name) == getattr(counted, name) for name in sums)
         for _, sequence in self._waiting:
             held = (sequence.replica, sequence.slot, list(sequence.pages), sequence.num_computed)
             assert held == (None, None, [], 0), f"a waiting sequence holds {held}"

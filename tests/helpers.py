@@ -12,6 +12,7 @@ from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
 from sidp_jax.modes.policy import LayerShape, Policy, PolicyState
+from sidp_jax.pace import StepCosts
 from sidp_jax.pool import PoolLayout
 from sidp_jax.runner import Runner, RunnerShapes
 from sidp_jax.scheduler import Scheduler, SchedulerConfig
@@ -128,7 +129,16 @@ def make_engine(
     runner.warm_up()
     scheduler = Scheduler(
         SchedulerConfig(
-            pool_size, max_num_seqs, max_num_batched_tokens, max_model_len, page_size, num_kv_pages
+            pool_size,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            page_size,
+            num_kv_pages,
+            StepCosts(
+                tuple(batch.tokens for batch in shapes.batches),
+                tuple(10.0 + batch.tokens for batch in shapes.batches),
+            ),
         )
     )
     return Engine(runner, scheduler, policy, max_model_len=max_model_len, seed=0, tokenizer=None)

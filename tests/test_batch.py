@@ -229,18 +229,25 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("most", "buckets"),
+    ("most", "seqs", "buckets"),
     [
-        (1, (1,)),
-        (16, (16,)),
-        (17, (16, 17)),
-        (64, (16, 64)),
-        (100, (16, 64, 100)),
-        (2048, (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)),
+        (1, 1, (1,)),
+        (16, 16, (16,)),
+        (17, 2, (16, 17)),
+        (64, 64, (16, 64)),
+        (100, 64, (16, 64, 100)),
+        (512, 128, (16, 64, 128, 192, 256, 384, 512)),
+        (512, 256, (16, 64, 128, 160, 192, 224, 256, 384, 512)),
     ],
 )
-def test_token_buckets(most, buckets):
-    assert token_buckets(most) == buckets
+def test_token_buckets(most, seqs, buckets):
+    assert token_buckets(most, seqs) == buckets
+
+
+def test_a_run_has_at_most_20_programs():
+    samplers = 3
+    assert len(token_buckets(8192, 256)) + samplers <= 20
+    assert len(token_buckets(2048, 512)) + samplers <= 20
 
 
 def test_widen_adds_room_for_tokens_and_nothing_else():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidp_jax.batch import BatchLayout, build_batch, unpack
+from sidp_jax.pace import StepCosts
 from sidp_jax.pages import pages_for
 from sidp_jax.request import RequestError, SamplingParams, Sequence
 from sidp_jax.scheduler import Scheduler, SchedulerConfig, StepPlan
@@ -168,6 +169,11 @@ def workloads(draw):
         "page_size": page_size,
         "num_kv_pages": least_pages + draw(st.integers(0, 2 * least_pages)),
     }
+    if draw(st.booleans()):
+        most = config["max_num_batched_tokens"]
+        sizes = sorted(draw(st.sets(st.integers(1, most), max_size=3)) | {most})
+        seconds = [draw(st.integers(1, 4)) + size for size in sizes]
+        config["step_costs"] = (tuple(sizes), tuple(map(float, seconds)))
     arrivals, step = [], 0
     for _ in range(draw(st.integers(1, 16))):
         prompt_len = draw(st.integers(1, max_model_len - 1))
@@ -181,7 +187,9 @@ def workloads(draw):
 @settings(max_examples=40)
 @given(workloads())
 def test_random_workloads_against_the_brute_force_device(workload):
-    config = SchedulerConfig(**workload[0])
+    values = workload[0]
+    costs = StepCosts(*values.pop("step_costs")) if "step_costs" in values else None
+    config = SchedulerConfig(**values, step_costs=costs)
     arrivals = [
         Arrival(make_sequence(seq_id, prompt_len, max_tokens), step, abort_at)
         for seq_id, (prompt_len, max_tokens, step, abort_at) in enumerate(workload[1])
