@@ -7,17 +7,15 @@ r"""Time whole jobs on the engine: dummy weights, random token ids, greedy, fixe
 list of ``[in, out]`` pairs. Prints, per case, throughput beside the floor for the same work, which
 comes from the matrix and copy rates measured in the same run. On a GPU a few steps in the middle of
 each case are traced, for the share of time that the GPU waits; ``--decode N`` (repeatable) does the
-same for steps of N sequences that all decode. The clock stands still while a trace is written.
+same for steps of N sequences that all decode, ``--decode N,TOP_P`` where they sample. The clock
+stands still while a trace is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import logging
-import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from gpu_trace import read_activity
+from report import Report
 
 from sidp_jax.config import load_config
 from sidp_jax.engine import Engine
@@ -123,34 +122,57 @@ def floor_seconds(engine: Engine, lengths: Lengths, ceilings: Ceilings) -> float
     )
 
 
-@dataclass(frozen=True)
 class Trace:
-    """A few steps of a job to trace.
+    """A few steps of a job to trace, and the time that as many take just before, untraced.
 
-    Attributes:
+    The profiler slows down the host, not the kernels: how busy the GPU is follows from the time of
+    its kernels in the trace and the length of steps without one.
+
+    Args:
         folder: Where the trace goes.
         first: Number of the first step.
         steps: How many.
     """
 
-    folder: Path
-    first: int
-    steps: int = _DECODE_STEPS
+    def __init__(self, folder: Path, first: int, steps: int = _DECODE_STEPS):
+        self.folder, self.first, self.steps = folder, max(first, steps), steps
+        self._timed_from = self._step_s = 0.0
 
     def before_step(self, number: int) -> float:
         """Starts or ends the trace where it is due; seconds that this took."""
         import jax
 
         start = time.perf_counter()
-        if number == self.first:
-            jax.profiler.start_trace(self.folder)
+        if number == self.first - self.steps:
+            self._timed_from = start
+        elif number == self.first:
+            self._step_s = (start - self._timed_from) / self.steps
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = options.host_tracer_level = 0
+            options.enable_hlo_proto = False
+            jax.profiler.start_trace(self.folder, profiler_options=options)
         elif number == self.first + self.steps:
             jax.profiler.stop_trace()
         return time.perf_counter() - start
 
+    def figures(self) -> dict[str, float]:
+        """Length of a step, time of its kernels, and the share of time that the GPU waits."""
+        activity = read_activity(self.folder)
+        print(activity.table())
+        busy = activity.busy_s / self.steps
+        return {
+            "step_ms": self._step_s * 1e3,
+            "gpu_busy_ms": busy * 1e3,
+            "gpu_idle_share": 1 - busy / self._step_s,
+        }
+
 
 def run_case(
-    engine: Engine, lengths: Lengths, seed: int, trace: Trace | None = None
+    engine: Engine,
+    lengths: Lengths,
+    seed: int,
+    trace: Trace | None = None,
+    top_p: float | None = None,
 ) -> dict[str, float]:
     """Runs one job to its end.
 
@@ -159,7 +181,9 @@ def run_case(
         lengths: Prompt and output tokens of each request.
         seed: Seed of the prompts' token ids.
         trace: Steps to trace.
+        top_p: Sample at temperature 1 with this top-p; greedy if not given.
     """
+    sampling = {"temperature": 0} if top_p is None else {"temperature": 1, "top_p": top_p}
     rng = np.random.default_rng(seed)
     vocab = engine.model_config.vocab_size
     prompts = [rng.integers(0, vocab, i).tolist() for i, _ in lengths]
@@ -167,7 +191,7 @@ def run_case(
     preemptions = engine.scheduler.num_preemptions
     start = time.perf_counter()
     for index, (prompt, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
-        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+        params = SamplingParams(**sampling, max_tokens=output, ignore_eos=True)
         engine.add_request(f"{seed}-{index}", prompt, params)
     produced, paused = 0, 0.0
     for number in count():
@@ -198,13 +222,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--case", action="append", default=[], metavar="N,IN,OUT")
-    parser.add_argument("--decode", action="append", default=[], type=int, metavar="N")
+    parser.add_argument("--decode", action="append", default=[], metavar="N[,TOP_P]")
     parser.add_argument("--trace", type=Path, help="folder for traces of a GPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)
     cases = {text: parse_case(text) for text in arguments.case}
-    cases |= {f"decode {n}": [(16, 3 * _DECODE_STEPS)] * n for n in arguments.decode}
+    decode = [(16, 4 * _DECODE_STEPS)]
+    cases |= {f"decode {text}": decode * int(text.split(",")[0]) for text in arguments.decode}
     if not cases:
         parser.error("nothing to do: give --case or --decode")
     logging.basicConfig(format="%(asctime)s %(message)s")
@@ -224,36 +249,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     if longest > engine.max_model_len:
         parser.error(f"a case has {longest} tokens a request; set max_model_len={longest}")
     run_case(engine, [(16, 4)] * min(64, engine.max_concurrency), seed=0)
-    report = {
-        "what": f"measured on one {device.device_kind}, pool of {config.pool_size}",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "ceilings": asdict(ceilings),
-        "model": config.model,
-        "ready_s": ready,
-        "kv_tokens": engine.kv_tokens,
-        "cases": {},
-    }
+    report = Report(
+        f"measured on {device.device_kind}, pool of {config.pool_size}",
+        arguments.out,
+        ceilings=asdict(ceilings),
+        model=config.model,
+        ready_s=ready,
+        kv_tokens=engine.kv_tokens,
+        cases={},
+    )
     for seed, (name, lengths) in enumerate(cases.items(), 1):
-        trace = None
+        trace, top_p = None, None
+        if name.startswith("decode") and "," in name:
+            top_p = float(name.split(",")[1])
         if arguments.trace is not None:
             folder = arguments.trace / name.replace(",", "-").replace(" ", "-").lstrip("@")
             trace = Trace(folder, max(output for _, output in lengths) // 2)
-        figures = run_case(engine, lengths, seed, trace)
+        figures = run_case(engine, lengths, seed, trace, top_p)
         if trace is not None:
-            activity = read_activity(trace.folder)
-            figures["gpu_idle_share"] = activity.idle_share
-            print(activity.table())
+            figures |= trace.figures()
         floor = floor_seconds(engine, lengths, ceilings)
         figures |= {"floor_s": floor, "ratio_to_floor": figures["wall_s"] / floor}
-        memory = device.memory_stats() or {}
-        figures["peak_bytes"] = memory.get("peak_bytes_in_use")
-        report["cases"][name] = figures
+        figures["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        report.content["cases"][name] = figures
+        report.write()
         print(name, json.dumps({k: v if v is None else round(v, 3) for k, v in figures.items()}))
-        if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"ready in {ready:.1f} s, {engine.kv_tokens:,} KV tokens, ceilings {ceilings}")
 
 

@@ -17,11 +17,11 @@ def test_a_report_for_a_tiny_model(tmp_path):
     lengths = tmp_path / "lengths.json"
     lengths.write_text("[[3, 2], [9, 6]]")
     command = [sys.executable, FOLDER / "bench_offline.py", "--config", "tiny.yaml", "--out", out]
-    command += ["--case", "4,8,4", "--case", f"@{lengths}", "--decode", "2"]
-    command += ["pool_size=2", "max_num_seqs=4", "max_num_batched_tokens=16", "max_model_len=80"]
+    command += ["--case", "4,8,4", "--case", f"@{lengths}", "--decode", "2", "--decode", "2,0.9"]
+    command += ["pool_size=2", "max_num_seqs=4", "max_num_batched_tokens=16", "max_model_len=96"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     report = json.loads(out.read_text())
-    assert list(report["cases"]) == ["4,8,4", f"@{lengths}", "decode 2"]
+    assert list(report["cases"]) == ["4,8,4", f"@{lengths}", "decode 2", "decode 2,0.9"]
     case = report["cases"]["4,8,4"]
     assert case["output_tokens_per_s"] == pytest.approx(16 / case["wall_s"])
     assert case["mean_tokens_per_step"] == pytest.approx(48 / case["steps"])
