@@ -20,6 +20,12 @@ from sidp_jax.models.layers import Axes, Linear, RMSNorm, rms_norm, rope_inverse
 LayerParams = dict[str, jax.Array | jax.ShapeDtypeStruct]
 """The parameters of one layer by name, ``{"qkv.kernel": ...}``; or descriptions of them."""
 
+ATTENTION = ("qkv.kernel", "out.kernel")
+"""The kernels that ``pre_attention`` and ``add_attention`` read, in this order."""
+
+FEED_FORWARD = ("gate_up.kernel", "down.kernel")
+"""The kernels that ``feed_forward`` and ``add_feed_forward`` read, in this order."""
+
 
 class DecoderLayer(nnx.Module):
     """One pre-norm transformer layer: grouped-query attention and a SwiGLU feed-forward part.
@@ -95,10 +101,32 @@ class DecoderLayer(nnx.Module):
             reduce: Adds up the partial results of devices that hold parts of the heads and of the
                 feed-forward layer each.
         """
+        x = self.add_attention(x, attended, reduce)
+        return self.add_feed_forward(x, self.feed_forward(x), reduce)
+
+    def add_attention(
+        self,
+        x: Float[Array, "tokens hidden"],
+        attended: Float[Array, "tokens heads head_dim"],
+        reduce: Callable[[jax.Array], jax.Array] = lambda partial: partial,
+    ) -> Float[Array, "tokens hidden"]:
+        """The first part of ``post_attention``: the residual stream with the attention's result."""
         groups = attended.reshape(x.shape[0], -1, self.num_queries, attended.shape[-1])
-        x = x + reduce(self.out(groups))
+        return x + reduce(self.out(groups))
+
+    def feed_forward(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens ffn"]:
+        """The second part of ``post_attention``: the gated values of the feed-forward part."""
         gate, up = jnp.moveaxis(self.gate_up(self.post_norm(x)), 1, 0)
-        return x + reduce(self.down(jax.nn.silu(gate) * up))
+        return jax.nn.silu(gate) * up
+
+    def add_feed_forward(
+        self,
+        x: Float[Array, "tokens hidden"],
+        gated: Float[Array, "tokens ffn"],
+        reduce: Callable[[jax.Array], jax.Array] = lambda partial: partial,
+    ) -> Float[Array, "tokens hidden"]:
+        """The last part of ``post_attention``: the residual stream with the gated values."""
+        return x + reduce(self.down(gated))
 
 
 @dataclass(frozen=True)

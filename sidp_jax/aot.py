@@ -25,6 +25,8 @@ from sidp_jax.weights import LayerLoop, weights_spec
 
 _PACKAGES = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-runtime-cu12", "absl-py")
 
+_PREALLOCATED = 0.95
+
 
 @dataclass(frozen=True)
 class Target:
@@ -55,6 +57,15 @@ class Target:
     source: str
 
     @property
+    def limit_bytes(self) -> int:
+        """The memory that makes the compiler plan with as much as a process preallocates.
+
+        With no allocator to ask, XLA takes 80% of a device's memory for the limit of a program,
+        and beyond it puts fetches in sequence, or repeats them, to save memory.
+        """
+        return int(self.memory_bytes * _PREALLOCATED / 0.8)
+
+    @property
     def proto(self) -> str:
         """A ``GpuTargetConfigProto`` in text form."""
         major, minor = self.compute_capability
@@ -65,7 +76,7 @@ class Target:
           core_count: {self.cores} fpus_per_core: 128
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           memory_bandwidth: {self.memory_bandwidth} l2_cache_size: {self.l2_bytes}
-          clock_rate_ghz: {self.clock_ghz} device_memory_size: {self.memory_bytes}
+          clock_rate_ghz: {self.clock_ghz} device_memory_size: {self.limit_bytes}
           shared_memory_per_block_optin: {self.shared_memory_per_block}
           cuda_compute_capability {{ major: {major} minor: {minor} }}
           registers_per_core_limit: 65536 registers_per_block_limit: 65536

@@ -22,6 +22,7 @@ _GPU_FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_experimental_parallel_collective_overlap_limit=4",
     "--xla_gpu_enable_triton_gemm=false",
+    "--xla_disable_hlo_passes=rematerialization",
 )
 
 

@@ -23,6 +23,7 @@ from sidp_jax.modes.loop import (
     loop_rows,
     run_resident,
     spans,
+    take,
 )
 from sidp_jax.weights import Weights
 
@@ -35,8 +36,11 @@ def run_layers(
     positions = _gather(context.positions)
     size = context.layout.pool_size
 
-    def super_step(carry, row: LayerParams, served: list[Span]):
+    slab = local_slab(weights.pooled)
+
+    def super_step(carry, k: Index, served: list[Span]):
         x, kv = carry
+        row = take(slab, k)
         for owner, span in enumerate(served):
             x, kv = _serve(context, row, owner, span.pooled, positions, x, kv)
             x, kv = run_resident(context, weights.resident, span, x, kv)
@@ -44,7 +48,7 @@ def run_layers(
 
     x, kv = run_resident(context, weights.resident, head, x, kv)
     served = [after[first : first + size] for first in range(0, len(after), size)]
-    return loop_rows(local_slab(weights.pooled), served, super_step, (x, kv))
+    return loop_rows(slab, served, super_step, (x, kv))
 
 
 def _serve(

@@ -160,7 +160,7 @@ def run_resident(
 def loop_rows(
     slab: LayerStack,
     rows: Sequence[Sequence[Span]],
-    body: Callable[[Carry, LayerParams, Sequence[Span]], Carry],
+    body: Callable[[Carry, Index, Sequence[Span]], Carry],
     carry: Carry,
 ) -> Carry:
     """Runs ``body`` for every row of the slab, a super-step each.
@@ -172,7 +172,7 @@ def loop_rows(
     Args:
         slab: This replica's rows.
         rows: For each row the spans that its super-step runs.
-        body: ``body(carry, row, spans) -> carry``.
+        body: ``body(carry, row, spans) -> carry``; ``row`` is the row's number.
         carry: What a super-step hands to the next.
     """
 
@@ -183,7 +183,7 @@ def loop_rows(
         run = list(run)
         if isinstance(slab, tuple) or len(run) == 1:
             for k in run:
-                carry = body(carry, take(slab, k), rows[k])
+                carry = body(carry, k, rows[k])
             continue
         template = rows[run[0]]
         numbers = tuple(jnp.stack([rows[k][i].numbers for k in run]) for i in range(len(template)))
@@ -193,7 +193,7 @@ def loop_rows(
             renumbered = [
                 span.renumbered(list(row)) for span, row in zip(template, numbers, strict=True)
             ]
-            return body(carry, take(slab, k), renumbered), None
+            return body(carry, k, renumbered), None
 
         carry, _ = jax.lax.scan(scanned, carry, (jnp.asarray(run, jnp.int32), numbers))
     return carry

@@ -1,28 +1,48 @@
 """Weight as a service: the weights come to the activations, one layer ahead of the compute.
 
-Two layer buffers exist at any time: the one in use and the one that arrives. A super-step
-fetches one row of the slab, so each replica sends one layer in it, and computes one layer behind:
-while layer ``l`` runs, layer ``l + 1`` arrives. Source: the SiDP paper (arXiv 2605.28095); that a
-fetch is tied to the activations, and super-steps that touch one row alone, are ours.
+Each tensor is fetched when its like in the layer before has been used: while layer ``l`` runs its
+feed-forward part, the attention's kernels of layer ``l + 1`` arrive, and once the up projection is
+over, the feed-forward kernels of ``l + 1`` do. So a layer and the down projection of another are
+held at most, not two layers. Every tensor has GEMMs of the layer before to hide beneath.
+Source: the SiDP paper (arXiv 2605.28095); the order of the tensors, and super-steps
+that touch one row of the slab alone, are ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from sidp_jax.kv_cache import KVCache
 from sidp_jax.mesh import POOL
-from sidp_jax.models.decoder import LayerParams
-from sidp_jax.modes.loop import LayerContext, Span, local_slab, loop_rows, run_resident, spans
-from sidp_jax.weights import Weights
+from sidp_jax.models.decoder import ATTENTION, FEED_FORWARD, LayerParams, bind_layer
+from sidp_jax.modes.loop import (
+    Index,
+    LayerContext,
+    Span,
+    local_slab,
+    loop_rows,
+    run_resident,
+    spans,
+    take,
+)
+from sidp_jax.weights import LayerStack, Weights
 
-# Parameters below this size travel together in one message: norms and biases are a few KB, and
-# a message of its own for each would cost its latency many times over.
-_PACKED_BYTES = 1 << 16
+Tied = TypeVar("Tied")
+"""Arrays that a fetch is tied to."""
 
-Pending = tuple[jax.Array, LayerParams | None]
-"""Activations, and the layer that they are about to meet."""
+_KERNELS = (*ATTENTION, *FEED_FORWARD)
+_UP, _DOWN = FEED_FORWARD
+
+# XLA starts a collective some GEMMs before its result is needed; one that is marked so, as early
+# as its ties allow. On the link all collectives run in the order in which they start.
+_EARLY_START = {"_xla_gpu_collective_stream": "p2p"}
 
 
 def run_layers(
@@ -33,71 +53,165 @@ def run_layers(
     if not after:
         return run_resident(context, weights.resident, head, x, kv)
     size = context.layout.pool_size
-
-    def compute(buffer: LayerParams | None, span: Span, x: jax.Array, kv: KVCache):
-        if span.pooled is not None:
-            x, kv = context.run_layer(buffer, span.pooled, x, kv)
-        return run_resident(context, weights.resident, span, x, kv)
-
-    def super_step(carry, row: LayerParams, behind: list[Span]):
-        x, kv, buffer = carry
-        for owner, span in enumerate(behind):
-            with jax.named_scope("fetch"):
-                (x, buffer), arriving = fetch(row, owner, context.platform, after=(x, buffer))
-            x, kv = compute(buffer, span, x, kv)
-            buffer = arriving
-        return x, kv, buffer
-
     ordered = [head, *after]
     behind = [
         ordered[first : min(first + size, len(after))] for first in range(0, len(after), size)
     ]
     slab = local_slab(weights.pooled)
-    # Before the first fetch has arrived there is nothing to compute with but resident layers.
+    vectors = _gather_vectors(slab)
+
+    def super_step(carry, k: Index, behind: list[Span]):
+        x, kv, buffer = carry
+        for owner, span in enumerate(behind):
+            source = _Source(slab, vectors, k, owner, context.platform)
+            if span.pooled is None:
+                # Nothing but resident layers can run before the first fetch has arrived. The last
+                # kernel is fetched while the first layer runs, if that is in this super-step.
+                kernels = _KERNELS[:-1] if len(behind) > 1 else _KERNELS
+                arriving, x = source.fetch(kernels, after=x)
+                buffer = {**arriving, **source.vectors()}
+            else:
+                first = _Source(slab, vectors, 0, 0, context.platform)
+                x, kv, buffer = _run_fetched(context, buffer, source, first, span.pooled, x, kv)
+            x, kv = run_resident(context, weights.resident, span, x, kv)
+        return x, kv, buffer
+
     x, kv, buffer = loop_rows(slab, behind, super_step, (x, kv, None))
-    return compute(buffer, ordered[-1], x, kv)
+    x, kv = context.run_layer(buffer, ordered[-1].pooled, x, kv)
+    return run_resident(context, weights.resident, ordered[-1], x, kv)
 
 
-def fetch(
-    row: LayerParams, owner: int, platform: str, *, after: Pending
-) -> tuple[Pending, LayerParams]:
-    """The layer that one replica holds in a row of the slab, on every replica.
+def _run_fetched(
+    context: LayerContext,
+    buffer: LayerParams,
+    source: _Source,
+    first: _Source,
+    layer: Index,
+    x: jax.Array,
+    kv: KVCache,
+) -> tuple[jax.Array, KVCache, LayerParams]:
+    """``LayerContext.run_layer``, while the next layer is fetched.
 
     Args:
-        row: The layer that this replica holds in the row.
-        owner: The replica whose layer is wanted.
-        platform: ``gpu`` broadcasts from the owner; the CPU, which has no broadcast, sums over
-            replicas that hold zeros except the owner, to the same bits.
-        after: Activations and layer buffer that the fetch may not start before. Without that XLA
-            issues every fetch at the top of the step, or several as one, and holds a buffer
-            for every layer instead of two.
+        context: What every layer needs.
+        buffer: The layer; of the first pooled one the down projection is missing.
+        source: Where the next layer is.
+        first: Where the first pooled layer is.
+        layer: The layer's number.
+        x: Residual stream, ``[tokens, hidden]``.
+        kv: This replica's cache.
 
     Returns:
-        ``after``, through which whatever follows is tied to the fetch, and the layer.
+        The activations and the cache after the layer, and the next layer.
     """
-    small = [name for name, array in row.items() if array.nbytes < _PACKED_BYTES]
-    messages = {name: array for name, array in row.items() if name not in small}
-    if small:
-        messages["packed"] = jnp.concatenate([row[name].reshape(-1) for name in small])
-    if platform == "gpu":
-        messages, after = jax.lax.optimization_barrier((messages, after))
-        arrived = {
-            name: jax.lax.pbroadcast(array, (POOL,), owner) for name, array in messages.items()
-        }
-    else:
-        mine = (jax.lax.axis_index(POOL) == owner) & _true_after(after)
-        arrived = {
-            name: jax.lax.psum(jnp.where(mine, array, 0), POOL) for name, array in messages.items()
-        }
-    if small:
-        packed, first = arrived.pop("packed"), 0
-        for name in small:
-            arrived[name] = packed[first : first + row[name].size].reshape(row[name].shape)
-            first += row[name].size
-    return after, arrived
+    absent = {} if _DOWN in buffer else {_DOWN: first.spec(_DOWN)}
+    bound = bind_layer(context.config, {**buffer, **absent})
+    with jax.named_scope("pre_attention"):
+        q, k, v = bound.pre_attention(x, context.positions)
+    with jax.named_scope("attention"):
+        attended, kv = context.attend(q, k, v, kv, layer)
+    with jax.named_scope("post_attention"):
+        x = bound.add_attention(x, attended, context.reduce)
+        if absent:
+            missing, x = first.fetch([_DOWN], after=x)
+            buffer = {**buffer, **missing}
+        early, x = source.fetch(ATTENTION, after=x)
+        gated = bound.feed_forward(x)
+        # What was fetched before has to be here first: then the link, which is busy with that
+        # up to now, has nothing else to do, and XLA cannot start these later.
+        tied = (gated, early, buffer[_DOWN])
+        late, (gated, early, down) = source.fetch(FEED_FORWARD, after=tied)
+        bound = bind_layer(context.config, {**buffer, _DOWN: down})
+        x = bound.add_feed_forward(x, gated, context.reduce)
+    return x, kv, {**early, **late, **source.vectors()}
 
 
-def _true_after(arrays: Pending) -> jax.Array:
+@dataclass(frozen=True)
+class _Source:
+    """Where a layer is: with one replica, in one row of its slab.
+
+    Attributes:
+        slab: The rows of this replica.
+        gathered: What ``_gather_vectors`` returns.
+        row: The row's number.
+        owner: The replica.
+        platform: ``gpu`` broadcasts from the owner; the CPU, which has no broadcast, sums over
+            replicas that hold zeros except the owner, to the same bits.
+    """
+
+    slab: LayerStack
+    gathered: LayerParams
+    row: Index
+    owner: int
+    platform: str
+
+    def spec(self, name: str) -> jax.ShapeDtypeStruct:
+        """Shape and type of one of the layer's parameters."""
+        return jax.eval_shape(lambda slab: take(slab, 0)[name], self.slab)
+
+    def vectors(self) -> LayerParams:
+        """The layer's small parameters, which are here already."""
+        return {name: array[self.owner, self.row] for name, array in self.gathered.items()}
+
+    def fetch(self, names: Sequence[str], *, after: Tied) -> tuple[LayerParams, Tied]:
+        """Some of the layer's kernels, on every replica.
+
+        Args:
+            names: Their names.
+            after: Arrays that the fetch may not start before. Without that XLA issues every fetch
+                at the top of the step, or several as one, and holds a buffer for every layer.
+
+        Returns:
+            The kernels, and ``after``, through which whatever follows is tied to the fetch.
+        """
+        with jax.named_scope("fetch"):
+            if self.platform != "gpu":
+                mine = (jax.lax.axis_index(POOL) == self.owner) & _true_after(after)
+                kept = {
+                    name: jnp.where(mine, array, 0)
+                    for name, array in take(self.slab, self.row).items()
+                    if name in names
+                }
+                return jax.lax.psum(kept, POOL), after
+            row, after = self._row_after(names, after)
+            fetched = {}
+            for name in names:
+                with set_xla_metadata(**(_EARLY_START if name in FEED_FORWARD else {})):
+                    fetched[name] = jax.lax.pbroadcast(row[name], (POOL,), self.owner)
+            return fetched, after
+
+    def _row_after(self, names: Sequence[str], after: Tied) -> tuple[LayerParams, Tied]:
+        """Kernels of the row, not known before other arrays are."""
+        if isinstance(self.slab, tuple):
+            row = {name: self.slab[self.row][name] for name in names}
+            return jax.lax.optimization_barrier((row, after))
+        # A collective reads no slice in place. With an index of its own each slice is copied when
+        # its fetch starts; shared by the owners it would be held for the whole super-step.
+        index, after = jax.lax.optimization_barrier((jnp.asarray(self.row, jnp.int32), after))
+        return take({name: self.slab[name] for name in names}, index), after
+
+
+def _gather_vectors(slab: LayerStack) -> LayerParams:
+    """The norms and biases of all layers, ``[pool, rows, ...]``, in one message.
+
+    They are a few KB in each layer: with the kernels they would cost the latency of a message.
+    """
+    rows = slab if isinstance(slab, tuple) else (slab,)
+    names = sorted(name for name in rows[0] if name not in _KERNELS)
+    join = jnp.stack if isinstance(slab, tuple) else jnp.concatenate
+    own = {name: join([row[name] for row in rows]) for name in names}
+    flat = [array.reshape(len(array), -1) for array in own.values()]
+    sizes = np.cumsum([array.shape[1] for array in flat])[:-1]
+    with jax.named_scope("fetch"):
+        everyone = jax.lax.all_gather(jnp.concatenate(flat, axis=1), POOL)
+    parts = jnp.split(everyone, sizes, axis=2)
+    return {
+        name: part.reshape(*part.shape[:2], *own[name].shape[1:])
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+def _true_after(arrays: Tied) -> jax.Array:
     """True, but not known before the arrays are: XLA's CPU compiler drops optimization barriers."""
     true = jnp.bool_(True)
     for array in jax.tree.leaves(arrays):
