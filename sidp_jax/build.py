@@ -16,17 +16,18 @@ from sidp_jax.batch import BatchLayout, token_buckets
 from sidp_jax.checkpoint import load_weights
 from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.engine import Engine
-from sidp_jax.estimate import layer_shape
-from sidp_jax.hardware import load_profile, profile_for
+from sidp_jax.hardware import MEASURE, Hardware, as_values, load_profile, profile_for
 from sidp_jax.kernels.self_check import KernelError, self_check
+from sidp_jax.measure import measure_hardware
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
+from sidp_jax.modes.policy import Policy
 from sidp_jax.pace import StepCosts
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
 from sidp_jax.scheduler import Scheduler, SchedulerConfig
+from sidp_jax.settle import check_tensor_parallel, is_plain, longest_sequence, make_policy
 from sidp_jax.step import StepProgram
 from sidp_jax.tokenizer import load_tokenizer
 from sidp_jax.weights import Weights, nbytes_per_device
@@ -48,7 +49,7 @@ def build_engine(config: EngineConfig) -> Engine:
         CheckpointError: The checkpoint is incomplete, damaged, or made for another model.
     """
     model, program = _model_and_program(config)
-    max_model_len = _max_model_len(config, model)
+    max_model_len = longest_sequence(config, model)
     layer_loop = config.layer_loop
     if layer_loop == "auto":
         layer_loop = "scan" if program.platform == "cpu" else "unrolled"
@@ -62,7 +63,7 @@ def build_engine(config: EngineConfig) -> Engine:
         load_format=config.load_format,
         seed=config.seed,
     )
-    policy = _policy(config, model, program)
+    policy = make_policy(config, model, _hardware(config, model, program))
     batches = _batch_layouts(config, model, max_model_len)
     # A mode that would never be picked for a shape needs no program, and no memory, for it.
     steps = tuple(
@@ -110,28 +111,14 @@ def _model_and_program(config: EngineConfig) -> tuple[ModelConfig, StepProgram]:
     """Model, pool and mesh; every way in which they do not fit is a ``ConfigError``."""
     try:
         model = ModelConfig.from_pretrained(config.model_path)
-        everywhere = _modes(config) == (REPLICATED,)
-        resident = model.num_layers if everywhere else config.resident_layers
+        resident = model.num_layers if is_plain(config) else config.resident_layers
         layout = PoolLayout(model.num_layers, config.pool_size, resident)
         mesh = make_mesh(config.pool_size, config.tensor_parallel_size)
-        _check_tensor_parallel(config, model)
+        check_tensor_parallel(config, model)
         attention = _attention(config, model, mesh)
     except (FileNotFoundError, KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
     return model, StepProgram(model, layout, mesh, attention)
-
-
-def _check_tensor_parallel(config: EngineConfig, model: ModelConfig) -> None:
-    size = config.tensor_parallel_size
-    for what, count in (
-        ("key and value heads", model.num_kv_heads),
-        ("columns of the feed-forward layer", model.intermediate_size),
-    ):
-        if count % size:
-            raise ConfigError(
-                f"tensor_parallel_size={size} must divide the model's {count} {what}; lower it and "
-                f"raise pool_size instead"
-            )
 
 
 def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
@@ -151,26 +138,6 @@ def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
         )
         logger.info("attention kernels checked: relative errors %s", errors)
     return chosen
-
-
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    longest = model.max_position_embeddings
-    if config.max_model_len is None:
-        return longest
-    if config.max_model_len > longest:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} is more than the {longest} positions that the "
-            f"model was made for; lower it"
-        )
-    return config.max_model_len
-
-
-def _modes(config: EngineConfig) -> tuple[str, ...]:
-    """The modes that steps may run in; in a pool of one every layer is at home."""
-    cas = CAS_STAGGERED if config.cas_schedule == "staggered" else CAS
-    if config.mode != "auto":
-        return (cas if config.mode == CAS else config.mode,)
-    return (WAS, cas) if config.pool_size > 1 else (REPLICATED,)
 
 
 def _batch_layouts(
@@ -235,15 +202,19 @@ def _host_pages(config: EngineConfig, program: StepProgram) -> int:
     return int(free * _HOST_SHARE) // (page * config.pool_size)
 
 
-def _policy(config: EngineConfig, model: ModelConfig, program: StepProgram) -> Policy:
-    name = config.hardware
-    if name == "auto":
-        try:
+def _hardware(config: EngineConfig, model: ModelConfig, program: StepProgram) -> Hardware:
+    """The profile to decide by: as configured, that of the device, or measured now."""
+    try:
+        if config.hardware == MEASURE:
+            hardware = measure_hardware(model, config.tensor_parallel_size, config.dtype)
+            logger.info("hardware measured: %s", as_values(hardware))
+            return hardware
+        name = config.hardware
+        if name == "auto":
             name = profile_for(program.mesh.devices.flat[0].device_kind, program.platform)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    shape = layer_shape(model, config.tensor_parallel_size, jnp.dtype(config.dtype).itemsize)
-    return Policy(_modes(config), config.pool_size, shape, load_profile(name))
+        return load_profile(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _step_costs(policy: Policy, batches: tuple[BatchLayout, ...]) -> StepCosts:

@@ -100,8 +100,9 @@ class EngineConfig:
         tensor_parallel_size: Devices of one replica, over which its heads are spread.
         mode: How a layer that a replica does not own is run; ``auto`` picks it step by step.
         cas_schedule: How replicas take turns at the owners in ``cas``: all at one layer
-            (``lockstep``, which is ``auto``), or each one layer behind the one before it
-            (``staggered``).
+            (``lockstep``), or each one layer behind the one before it (``staggered``); ``auto``
+            picks the cheaper one step by step, where the hardware's profile has an indexed GEMM,
+            and is ``lockstep`` elsewhere and with resident layers.
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.
         attention: Implementation of attention; ``auto`` is ``mosaic`` (Hopper kernels) on a GPU and
@@ -115,7 +116,8 @@ class EngineConfig:
         gpu_memory_utilization: Share of a device's memory that may be used.
         num_kv_pages: Pages of one replica's KV cache; None is what the memory has room for.
         platform: Where to run; on ``cpu`` the devices are virtual ones.
-        hardware: Profile from which ``mode: auto`` computes; ``auto`` goes by the device's name.
+        hardware: Profile from which ``mode: auto`` computes: a name, or a path ending in ``.yaml``;
+            ``auto`` goes by the device's name, ``measure`` times the machine.
         trust_remote_code: Only false is allowed.
         seed: Seed of the requests that bring none.
         input: File with one request per line.
@@ -174,9 +176,10 @@ class EngineConfig:
                 "layer that is everywhere has no owner to go to; set one of them back"
             )
         if self.hardware != "auto":
-            from sidp_jax.hardware import profile_names
+            from sidp_jax.hardware import MEASURE, is_profile_file, profile_names
 
-            _one_of("hardware", self.hardware, ("auto", *profile_names()))
+            if not is_profile_file(self.hardware):
+                _one_of("hardware", self.hardware, ("auto", MEASURE, *profile_names()))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "EngineConfig":

@@ -1,21 +1,28 @@
 """What a configuration would hold and how fast it would be: arithmetic of numbers, without jax.
 
 All figures are estimates. Ownership and bytes of weights and cache are those of ``pool.py``, the
-cost of a layer in each mode is ``modes.policy.layer_seconds``; this module adds what surrounds
-them: activations, attention, reductions over the devices of a replica, and the output head.
-``FORMULA`` states the whole estimate of throughput.
+cost of a step's layers in each mode is ``modes.policy.layers_seconds``; this module adds what
+surrounds them: activations, attention, embedding, output head and sampling. ``FORMULA`` states the
+whole estimate of throughput; ``experiments/simulate_node.py`` uses the same step times without it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from math import ceil, prod
 
-from sidp_jax.hardware import Hardware
+from sidp_jax.batch import token_buckets
+from sidp_jax.hardware import Hardware, Number
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, REPLICATED, WAS, LayerShape, Policy, layer_seconds
+from sidp_jax.modes.policy import (
+    CAS,
+    CAS_STAGGERED,
+    REPLICATED,
+    WAS,
+    LayerShape,
+    Policy,
+)
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page, padded_vocab, weight_bytes_per_device
 
 LAYER_BUFFERS = 2
@@ -26,23 +33,31 @@ SAMPLING_BYTES = 2 * 9 + 16
 reserved twice, and the sampler's workspace, as XLA reports it for the CPU."""
 
 LOGIT_BYTES = 4
-KNOWN_MODES = (REPLICATED, WAS, CAS)
-"""Modes whose time and memory this module knows; CaS is the lockstep schedule."""
+LOGIT_PASSES = 4
+"""Times that a step's logits are written or read: by the head, twice in between, by the sampler."""
+
+KNOWN_MODES = (REPLICATED, WAS, CAS, CAS_STAGGERED)
+"""Modes whose time and memory this module knows; ``cas`` is the lockstep schedule."""
 
 FORMULA = (
     "n = min(max_num_seqs, KV pages / pages of a sequence of mean length, in + out/2)",
-    "t = min(max_num_batched_tokens, n (1 + in/out)), the tokens of a replica's step",
-    "d = t / (1 + in/out), those of them that are decoded",
-    "dense(t) = max(t x FLOPs / (FLOP/s), layer bytes / memory bandwidth)",
-    "attention = d (in + out/2) KV bytes / memory bandwidth "
-    "+ (t - d) 2 heads head_dim in / (FLOP/s)",
+    "full steps have max_num_batched_tokens: n decodes and prefill; a sequence sees f of them,",
+    "  f = min(out, n in / (max_num_batched_tokens - n)), and out - f others, which only decode",
+    "t = tokens of such a step, padded to the compiled shape, d = those that are decoded",
+    "dense(t) = max(t x FLOPs / (FLOP/s), layer bytes / memory bandwidth) x measured / roofline",
+    "attention = d (in + out/2) KV bytes / decode bandwidth",
+    "  + (t - d) 2 heads head_dim in / (prefill FLOP/s) + KV update",
     "reductions, with TP > 1 = 2 (2 (TP-1)/TP x t x hidden bytes / link + latency)",
     "replicated: a layer takes dense(t) + attention + reductions",
-    "was: a fetch (layer bytes / link) rides under the layers before it; the longer one counts",
-    "cas, lockstep: a layer takes dense(pool x t) + hops + attention + everyone's reductions",
-    "head = max(d x FLOPs / (FLOP/s), its bytes / memory bandwidth) + exchange of the logits",
-    "output tokens/s = replicas x d / (layers + head)",
-    "not counted: padding of steps to compiled shapes, sampling, the host, preemption, the tail",
+    "was: a fetch (layer bytes / link) rides under the dense part of the layers before it, and the",
+    "  longer one counts; attention comes on top",
+    "cas, lockstep: a layer takes dense(pool x t) + 4 hops + attention + everyone's reductions",
+    "cas, staggered: a layer takes dense(t) x ratio of the indexed GEMM + 3 hops + attention",
+    "  + reductions; pool - 1 more of them fill and drain a step",
+    "head = dense part of the vocabulary for all rows + exchange of activations and logits",
+    "  + 4 passes over the logits",
+    "output tokens/s = replicas x n x out / (f full steps + (out - f) others)",
+    "not counted: the host, preemption, ramp and tail of a job",
 )
 """The throughput estimate in words, as it is printed below the tables."""
 
@@ -88,6 +103,7 @@ def layer_shape(model: ModelConfig, tensor_size: int, dtype_bytes: int) -> Layer
         activation_bytes=model.hidden_size * dtype_bytes,
         qkv_bytes=(heads + 2 * kv_heads) * model.head_dim * dtype_bytes,
         attended_bytes=heads * model.head_dim * dtype_bytes,
+        reduced_bytes=2 * (tensor_size - 1) / tensor_size * model.hidden_size * dtype_bytes,
     )
 
 
@@ -194,7 +210,7 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
     )
     pooled = model.num_layers - candidate.resident_layers
     buffers = min(LAYER_BUFFERS, pooled) * layer_bytes if WAS in candidate.modes else 0
-    activations = max(activation_bytes(setting, candidate, mode) for mode in candidate.modes)
+    activations = max(activation_bytes(setting, candidate).values())
     sampling = SAMPLING_BYTES * candidate.max_num_seqs * model.vocab_size
     page = kv_bytes_per_page(
         num_layers=model.num_layers,
@@ -215,20 +231,28 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
     return Memory(weights, buffers, activations, sampling, pages * page, usable, tokens, fits)
 
 
-def activation_bytes(setting: Setting, candidate: Candidate, mode: str) -> int:
-    """Temporaries of the largest step in one mode, without layer buffers.
+def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
+    """Temporaries of each mode's largest step, without layer buffers.
 
     The residual stream and its normalised copy live beside either gate, up and their product, or
     queries, keys, values and the attention's result; later the logits and the parts that they are
-    put together from. In lockstep CaS every GPU holds the tokens of all replicas.
+    put together from. In lockstep CaS every GPU holds the tokens of all replicas; in staggered CaS
+    a guest's beside its own. A mode's largest step is the largest that the policy can pick it for,
+    as only those are compiled.
     """
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
     shape = layer_shape(model, size, item)
     inner = max(3 * model.intermediate_size * item // size, shape.qkv_bytes + shape.attended_bytes)
-    rows = candidate.max_num_batched_tokens * (candidate.pool_size if mode == CAS else 1)
     logits = LOGIT_BYTES * candidate.max_num_seqs * model.vocab_size
     exchanged = 2 * logits // size + (logits if size > 1 else 0)
-    return max(rows * (2 * shape.activation_bytes + inner), exchanged)
+    policy = policy_of(setting, candidate)
+    needed = {}
+    for mode in candidate.modes:
+        sizes = [t for t in _buckets(candidate) if policy.may_run(mode, t)]
+        rows = max(sizes, default=0) * (candidate.pool_size if mode == CAS else 1)
+        streams = 4 if mode == CAS_STAGGERED else 2
+        needed[mode] = max(rows * (streams * shape.activation_bytes + inner), exchanged)
+    return needed
 
 
 @dataclass(frozen=True)
@@ -259,9 +283,12 @@ class Throughput:
         concurrency: Sequences that one replica's KV cache has room for.
         running: Sequences that one replica runs at a time.
         limit: What bounds them, or the tokens of a step.
-        step_tokens: Tokens of one replica in a step.
+        full_share: Share of the steps that are full, as they prefill.
+        step_tokens: Tokens of one replica in a step without prefill, as padded; in a full one where
+            all are full.
         mode: The mode that the policy picks for such a step.
-        step_seconds: Time of a step.
+        full_mode: The mode that it picks for a full one.
+        step_seconds: Time of a step, on average.
         output_tokens_per_second: Of all replicas together.
         requests_per_second: Of all replicas together.
     """
@@ -269,8 +296,10 @@ class Throughput:
     concurrency: int
     running: int
     limit: str
+    full_share: float
     step_tokens: int
     mode: str
+    full_mode: str
     step_seconds: float
     output_tokens_per_second: float
     requests_per_second: float
@@ -280,103 +309,151 @@ def throughput(
     setting: Setting, candidate: Candidate, held: Memory, workload: Workload
 ) -> Throughput:
     """Estimates the steady state of a job on a configuration that fits."""
-    page = setting.page_size
+    page, budget = setting.page_size, candidate.max_num_batched_tokens
     concurrency = held.kv_tokens // (ceil(workload.mean_length / page) * page)
     running = max(1, min(concurrency, candidate.max_num_seqs))
     limit = "KV cache" if running == concurrency else "max_num_seqs"
-    tokens_per_output = 1 + workload.prompt / workload.output
-    tokens = running * tokens_per_output
-    if tokens > candidate.max_num_batched_tokens:
-        tokens, limit = candidate.max_num_batched_tokens, "max_num_batched_tokens"
-    decodes = tokens / tokens_per_output
+    decodes, steps = float(running), workload.output
+    full = running * workload.prompt / (budget - running) if running < budget else float("inf")
+    if full >= steps:  # all steps are full, and decode takes its share of them
+        full, limit = float(steps), "max_num_batched_tokens"
+        decodes = min(decodes, budget / (1 + workload.prompt / workload.output))
     policy = policy_of(setting, candidate)
-    mode = min(candidate.modes, key=lambda mode: policy.seconds(mode, ceil(tokens)))
-    seconds = step_seconds(setting, candidate, mode, ceil(tokens), decodes, workload)
-    rate = candidate.num_replicas * decodes / seconds
+
+    def step(tokens: int, decodes: float, prefilled: float) -> tuple[str, float]:
+        mode = policy.best(tokens)
+        # A prompt's tokens attend to half of it, on average.
+        pairs = prefilled * workload.prompt / 2
+        attention = attention_seconds(
+            setting,
+            candidate,
+            tokens,
+            decodes * workload.mean_length,
+            [(pairs, workload.prompt)] if pairs else [],
+        )
+        return mode, step_seconds(setting, candidate, policy, mode, tokens, attention)
+
+    full_mode, seconds = step(budget, decodes, budget - decodes)
+    mode, tokens, total = full_mode, budget, full * seconds
+    if full < steps:
+        tokens = bucket(candidate, ceil(decodes))
+        mode, seconds = step(tokens, decodes, 0.0)
+        total += (steps - full) * seconds
+    rate = candidate.num_replicas * decodes * steps / total
     return Throughput(
-        concurrency, running, limit, ceil(tokens), mode, seconds, rate, rate / workload.output
+        concurrency,
+        running,
+        limit,
+        full / steps,
+        tokens,
+        mode,
+        full_mode,
+        total / steps,
+        rate,
+        rate / workload.output,
     )
 
 
 def policy_of(setting: Setting, candidate: Candidate) -> Policy:
     """The policy that the engine would decide with."""
-    shape = layer_shape(setting.model, candidate.tensor_size, setting.dtype_bytes)
-    return Policy(candidate.modes, candidate.pool_size, shape, setting.hardware)
+    return _policy(
+        setting.hardware,
+        layer_shape(setting.model, candidate.tensor_size, setting.dtype_bytes),
+        candidate.modes,
+        candidate.pool_size,
+        candidate.resident_layers,
+    )
+
+
+@cache
+def _policy(
+    hardware: Hardware,
+    shape: LayerShape,
+    modes: tuple[str, ...],
+    pool_size: int,
+    resident_layers: int,
+) -> Policy:
+    """One policy for all candidates that decide alike: it remembers what it has computed."""
+    return Policy(modes, pool_size, shape, hardware, resident_layers=resident_layers)
+
+
+@cache
+def _ladder(max_num_batched_tokens: int) -> tuple[int, ...]:
+    return token_buckets(max_num_batched_tokens)
+
+
+def _buckets(candidate: Candidate) -> tuple[int, ...]:
+    return _ladder(candidate.max_num_batched_tokens)
+
+
+def bucket(candidate: Candidate, tokens: int) -> int:
+    """Tokens of the compiled shape that a step of so many runs in."""
+    return next(size for size in _buckets(candidate) if size >= tokens)
+
+
+def attention_seconds(
+    setting: Setting,
+    candidate: Candidate,
+    tokens: int,
+    read_tokens: Number,
+    prefills: list[tuple[Number, int]],
+) -> float:
+    """Seconds of one layer's attention and cache update, on one device of one replica.
+
+    Args:
+        setting: Model and hardware.
+        candidate: The configuration.
+        tokens: Tokens of the step, as padded.
+        read_tokens: Tokens of the cache that decodes read.
+        prefills: Pairs of query and key in each prefilled chunk, with its context in tokens.
+    """
+    model, size = setting.model, candidate.tensor_size
+    kv_bytes = 2 * model.num_kv_heads * model.head_dim * setting.dtype_bytes / size
+    flops = 4 * model.num_heads * model.head_dim / size
+    products = ((pairs * flops, context) for pairs, context in prefills)
+    hardware = setting.hardware
+    attention = hardware.attention_seconds(read_tokens * kv_bytes, products)
+    return attention + hardware.kv_update_seconds(tokens)
 
 
 def step_seconds(
     setting: Setting,
     candidate: Candidate,
+    policy: Policy,
     mode: str,
     tokens: int,
-    decodes: float,
-    workload: Workload,
+    attention: float,
 ) -> float:
-    """Seconds of a step of ``tokens`` per replica, ``decodes`` of them decoded; see ``FORMULA``."""
-    model, hardware, size = setting.model, setting.hardware, candidate.tensor_size
-    policy = policy_of(setting, candidate)
-    attention = _attention_seconds(setting, size, tokens, decodes, workload)
-    reduction = _reduction_seconds(setting, size, tokens)
-    home = policy.seconds(REPLICATED, tokens) + attention + reduction
-    first, *later = _spans(model.num_layers, candidate.pool_size, candidate.resident_layers)
-    if mode == REPLICATED or not later:
-        layers = model.num_layers * home
-    elif mode == WAS:
-        fetch = fetch_seconds(policy)
-        # Reductions share the link with the fetch, so they lengthen it.
-        before = [first, *later[:-1]]
-        layers = sum(max(count * home, fetch + count * reduction) for count in before)
-        layers += later[-1] * home
-    else:
-        everyone = _reduction_seconds(setting, size, candidate.pool_size * tokens)
-        served = policy.seconds(CAS, tokens) + attention + everyone
-        layers = len(later) * served + candidate.resident_layers * home
-    values = decodes * model.vocab_size
-    shard = model.vocab_size * model.hidden_size * setting.dtype_bytes / size / candidate.pool_size
-    head = max(
-        2 * values * model.hidden_size / size / hardware.flops, shard / hardware.memory_bandwidth
-    )
-    foreign = (candidate.pool_size - 1) / candidate.pool_size / size + (size - 1) / size
-    return layers + head + values * LOGIT_BYTES * foreign / hardware.link_bandwidth
+    """Seconds of a step; see ``FORMULA``.
+
+    Args:
+        setting: Model and hardware.
+        candidate: The configuration.
+        policy: Its policy, ``policy_of``.
+        mode: How its layers run.
+        tokens: Tokens per replica, as padded.
+        attention: Seconds of one layer's attention, of the replica that takes longest.
+    """
+    layers = policy.step_seconds(mode, tokens, attention)
+    around = _around_seconds(setting, candidate, tokens)
+    return layers + around + setting.hardware.step_overhead
 
 
-def fetch_seconds(policy: Policy) -> float:
-    """Seconds that one layer takes over the link: WaS on a GPU that computes in no time."""
-    instant = replace(policy.hardware, memory_bandwidth=float("inf"))
-    return layer_seconds(WAS, 0, policy.pool_size, policy.shape, instant)
-
-
-def hop_seconds(policy: Policy, tokens: int) -> float:
-    """Seconds that the activations of one layer are under way in lockstep CaS."""
-    return policy.seconds(CAS, tokens) - policy.seconds(REPLICATED, policy.pool_size * tokens)
-
-
-def _attention_seconds(
-    setting: Setting, size: int, tokens: int, decodes: float, workload: Workload
-) -> float:
-    """One layer's attention: decodes read their context, prefill computes half of a square."""
+def _around_seconds(setting: Setting, candidate: Candidate, tokens: int) -> float:
+    """Embedding, output head and sampling: the same in every mode."""
     model, hardware = setting.model, setting.hardware
-    kv_bytes = 2 * model.num_kv_heads * model.head_dim * setting.dtype_bytes / size
-    read = decodes * workload.mean_length * kv_bytes / hardware.memory_bandwidth
-    flops = 2 * model.num_heads * model.head_dim * workload.prompt / size
-    return read + max(0.0, tokens - decodes) * flops / hardware.flops
-
-
-def _reduction_seconds(setting: Setting, size: int, tokens: int) -> float:
-    """Two all-reduces of the residual stream over the devices of a replica."""
-    if size == 1:
-        return 0.0
-    hidden = setting.model.hidden_size * setting.dtype_bytes
-    moved = 2 * (size - 1) / size * tokens * hidden
-    return 2 * (moved / setting.hardware.link_bandwidth + setting.hardware.hop_latency)
+    pool, size = candidate.pool_size, candidate.tensor_size
+    rows = min(tokens, candidate.max_num_seqs)
+    shard = model.vocab_size * model.hidden_size / size / pool
+    head = hardware.dense_seconds(pool * rows, shard * setting.dtype_bytes, 2 * shard)
+    # All of a pool's tokens are looked up, and all of its rows multiplied, on every device.
+    moved = (pool - 1) * (tokens + rows) * model.hidden_size * setting.dtype_bytes
+    foreign = (pool - 1) / pool / size + (size - 1) / size
+    moved += rows * model.vocab_size * LOGIT_BYTES * foreign
+    # The sampler always sees the widest shape.
+    logits = candidate.max_num_seqs * model.vocab_size * LOGIT_BYTES
+    passes = LOGIT_PASSES * logits / hardware.memory_bandwidth
+    return head + moved / hardware.link_bandwidth + passes
 
 
 _layout = cache(PoolLayout)
-
-
-@cache
-def _spans(num_layers: int, pool_size: int, resident_layers: int) -> tuple[int, ...]:
-    """Layers before the first pooled one, then from each pooled one to the next."""
-    pooled = _layout(num_layers, pool_size, resident_layers).pooled
-    edges = (0, *pooled, num_layers)
-    return tuple(end - start for start, end in pairwise(edges))

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,47 @@ from sidp_jax.estimate import (
     Setting,
     Workload,
     activation_bytes,
-    fetch_seconds,
-    hop_seconds,
     layer_shape,
     policy_of,
 )
-from sidp_jax.hardware import Hardware, load_profile, profile_for
+from sidp_jax.hardware import (
+    MEASURE,
+    Hardware,
+    as_values,
+    load_profile,
+    profile_for,
+    save_profile,
+)
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, REPLICATED, WAS, Policy
+from sidp_jax.modes.policy import (
+    CAS,
+    CAS_STAGGERED,
+    REPLICATED,
+    WAS,
+    Policy,
+    fetch_seconds,
+    lockstep_hop_seconds,
+    staggered_hop_seconds,
+)
 from sidp_jax.plan_report import draw_figure, print_plan
 from sidp_jax.plan_search import (
     Option,
     best,
-    crossover,
     evaluate,
     fetch_hidden_from,
+    mode_ranges,
     plain_candidates,
     pooled_candidates,
     tensor_sizes,
 )
 from sidp_jax.pool import PoolLayout
-from sidp_jax.startup import resolve_platform
+from sidp_jax.settle import DTYPE_BYTES, check_tensor_parallel, longest_sequence, modes_of
+from sidp_jax.startup import count_gpus, resolve_platform, start_jax
 
 DEFAULT_WORKLOAD = Workload(1024, 256)
 WORTHWHILE = 1.05
 """A pool must promise this much over the best plain configuration: estimates are no better."""
 
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 _SUCCESS, _USAGE = 0, 2
 _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 
@@ -63,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         workload, overrides = split_workload(arguments.overrides)
         config = load_config(arguments.config, overrides)
-        plan = make_plan(config, workload, arguments.gpus)
+        hardware = _hardware(config, _read_model(config))
+        plan = make_plan(config, workload, arguments.gpus, hardware)
+        if arguments.save_profile is not None:
+            save_profile(hardware, arguments.save_profile)
         if arguments.figure is not None:
             draw_figure(plan, arguments.figure)
     except (ValueError, OSError) as error:  # ConfigError and UnsupportedModelError are of these
@@ -98,6 +115,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--figure", type=Path, metavar="plan.png", help="also a figure; needs the extra plot"
     )
     parser.add_argument(
+        "--save-profile",
+        type=Path,
+        metavar="FILE.yaml",
+        help="keep the hardware profile, such as one from hardware=measure, for hardware=FILE.yaml",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
@@ -130,17 +153,23 @@ def split_workload(overrides: Sequence[str]) -> tuple[Workload, list[str]]:
     return workload, others
 
 
-def make_plan(config: EngineConfig, workload: Workload, num_devices: int | None = None) -> Plan:
+def make_plan(
+    config: EngineConfig,
+    workload: Workload,
+    num_devices: int | None = None,
+    hardware: Hardware | None = None,
+) -> Plan:
     """Estimates a configuration and its alternatives on the same GPUs.
 
     Args:
         config: The configuration; its model needs no more than ``config.json``.
         workload: Requests of the job.
         num_devices: GPUs of the node; None is as many as one pool takes.
+        hardware: One of those GPUs; None is what the configuration says.
 
     Returns:
         Numbers in bytes, seconds and tokens, ready for JSON: ``model``, ``hardware``, ``devices``,
-        ``workload``, ``owners``, ``resident``, ``activations``, ``steps``, ``crossover``,
+        ``workload``, ``owners``, ``resident``, ``activations``, ``steps``, ``mode_ranges``,
         ``fetch_hidden_from``, ``configurations``, ``recommendation``, ``formula`` and some that
         repeat the input.
 
@@ -150,19 +179,23 @@ def make_plan(config: EngineConfig, workload: Workload, num_devices: int | None 
     model = _read_model(config)
     setting = Setting(
         model=model,
-        hardware=_hardware(config),
-        dtype_bytes=_DTYPE_BYTES[config.dtype],
+        hardware=_hardware(config, model) if hardware is None else hardware,
+        dtype_bytes=DTYPE_BYTES[config.dtype],
         page_size=config.page_size,
         max_model_len=_max_model_len(config, model, workload),
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
     devices = config.num_devices if num_devices is None else num_devices
-    configured = _configured(config, model, devices)
+    configured = _configured(config, model, setting.hardware, devices)
     layout = PoolLayout(model.num_layers, configured.pool_size, configured.resident_layers)
     policy = policy_of(setting, configured)
     options = _options(setting, configured, devices, workload)
     return {
-        "kind": "estimates; nothing here was measured by this command",
+        "kind": (
+            "estimates, from a profile that this command measured"
+            if config.hardware == MEASURE
+            else "estimates; nothing here was measured by this command"
+        ),
         "model": {
             "path": config.model,
             "architecture": model.architecture,
@@ -170,7 +203,7 @@ def make_plan(config: EngineConfig, workload: Workload, num_devices: int | None 
             "layer_bytes": layer_shape(model, 1, setting.dtype_bytes).weight_bytes,
             "dtype": config.dtype,
         },
-        "hardware": asdict(setting.hardware),
+        "hardware": as_values(setting.hardware),
         "devices": devices,
         "workload": asdict(workload) | {"mean_length": workload.mean_length},
         "max_model_len": setting.max_model_len,
@@ -180,9 +213,7 @@ def make_plan(config: EngineConfig, workload: Workload, num_devices: int | None 
             for owner in range(configured.pool_size)
         ],
         "resident": list(layout.resident),
-        "activations": {
-            mode: activation_bytes(setting, configured, mode) for mode in configured.modes
-        },
+        "activations": activation_bytes(setting, configured),
         **_layer_times(policy, config.max_num_batched_tokens),
         "configurations": {name: _as_json(option) for name, option in options.items()},
         "recommendation": _recommendation(setting, options),
@@ -201,8 +232,10 @@ def _read_model(config: EngineConfig) -> ModelConfig:
     return ModelConfig.from_pretrained(folder)
 
 
-def _hardware(config: EngineConfig) -> Hardware:
-    """The profile: as configured, or that of the first GPU or the CPU of this machine."""
+def _hardware(config: EngineConfig, model: ModelConfig) -> Hardware:
+    """The profile: as configured, that of the first GPU or the CPU of this machine, or measured."""
+    if config.hardware == MEASURE:
+        return _measured(config, model)
     if config.hardware != "auto":
         return load_profile(config.hardware)
     if resolve_platform(config.platform) == "cpu":
@@ -217,14 +250,17 @@ def _hardware(config: EngineConfig) -> Hardware:
     )
 
 
+def _measured(config: EngineConfig, model: ModelConfig) -> Hardware:
+    """Starts jax on the devices that are here, and times them."""
+    here = count_gpus() if resolve_platform(config.platform) == "gpu" else config.num_devices
+    start_jax(replace(config, pool_size=max(1, here), tensor_parallel_size=1))
+    from sidp_jax.measure import measure_hardware
+
+    return measure_hardware(model, config.tensor_parallel_size, config.dtype)
+
+
 def _max_model_len(config: EngineConfig, model: ModelConfig, workload: Workload) -> int:
-    longest = model.max_position_embeddings
-    length = longest if config.max_model_len is None else config.max_model_len
-    if length > longest:
-        raise ConfigError(
-            f"max_model_len={length} is more than the {longest} positions that the model was made "
-            "for; lower it"
-        )
+    length = longest_sequence(config, model)
     if workload.prompt + workload.output > length:
         raise ConfigError(
             f"workload={workload.prompt},{workload.output} is longer than max_model_len={length}; "
@@ -233,25 +269,18 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, workload: Workload)
     return length
 
 
-def _configured(config: EngineConfig, model: ModelConfig, devices: int) -> Candidate:
+def _configured(
+    config: EngineConfig, model: ModelConfig, hardware: Hardware, devices: int
+) -> Candidate:
     """The configuration as it stands, repeated until all GPUs of the node are in use."""
     if devices < 1 or devices % config.num_devices:
         raise ConfigError(
             f"--gpus {devices} must be a multiple of the {config.num_devices} that one pool takes, "
             "pool_size x tensor_parallel_size; change one of them"
         )
-    if config.tensor_parallel_size not in tensor_sizes(model, config.num_devices):
-        raise ConfigError(
-            f"tensor_parallel_size={config.tensor_parallel_size} must divide the model's "
-            f"{model.num_kv_heads} key and value heads and {model.intermediate_size} columns of "
-            "the feed-forward layer; lower it and raise pool_size instead"
-        )
-    modes = _modes(config)
-    if CAS in modes and config.cas_schedule == "staggered":
-        raise ConfigError(
-            "cas_schedule='staggered' cannot be planned: the estimates know the lockstep schedule "
-            "alone; leave it out to plan for that, or set mode=was"
-        )
+    check_tensor_parallel(config, model)
+    # In a pool of one every layer is at home, whatever the mode.
+    modes = (REPLICATED,) if config.pool_size == 1 else modes_of(config, hardware)
     return Candidate(
         pool_size=config.pool_size,
         tensor_size=config.tensor_parallel_size,
@@ -262,12 +291,6 @@ def _configured(config: EngineConfig, model: ModelConfig, devices: int) -> Candi
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_kv_pages=config.num_kv_pages,
     )
-
-
-def _modes(config: EngineConfig) -> tuple[str, ...]:
-    if config.pool_size == 1:
-        return (REPLICATED,)
-    return (WAS, CAS) if config.mode == "auto" else (config.mode,)
 
 
 def _options(
@@ -288,11 +311,16 @@ def _options(
     fitting = [option for option in plain.values() if option is not None]
     if fitting:
         options["best DP x TP"] = max(fitting, key=_speed)
-    modes = configured.modes if configured.modes != (REPLICATED,) else (WAS, CAS)
-    pooled = best(setting, pooled_candidates(model, devices, modes), workload)
+    pooled = best(setting, pooled_candidates(model, devices, _pooled_modes(setting)), workload)
     if pooled is not None:
         options["best pooled"] = pooled
     return options
+
+
+def _pooled_modes(setting: Setting) -> tuple[str, ...]:
+    """The modes of ``mode: auto`` in a pool."""
+    schedules = (CAS, CAS_STAGGERED) if setting.hardware.indexed_matmul_ratio else (CAS,)
+    return (WAS, *schedules)
 
 
 def _speed(option: Option | None) -> float:
@@ -301,22 +329,23 @@ def _speed(option: Option | None) -> float:
 
 
 def _layer_times(policy: Policy, budget: int) -> Plan:
-    """Seconds of one layer at the shapes of a step, without attention, and where modes cross."""
-    pooled = policy.pool_size > 1
+    """Seconds of one layer at each shape, without attention, and which mode wins where."""
+    pooled = policy.modes != (REPLICATED,)
+    shape, hardware, size = policy.shape, policy.hardware, policy.pool_size
     steps = []
     for tokens in token_buckets(budget):
         step = {"tokens": tokens, "replicated": policy.seconds(REPLICATED, tokens)}
         if pooled:
-            step |= {mode: policy.seconds(mode, tokens) for mode in (WAS, CAS)}
-            step |= {"fetch": fetch_seconds(policy), "hop": hop_seconds(policy, tokens)}
-            step["best"] = min((WAS, CAS), key=step.__getitem__)
+            step |= {mode: policy.seconds(mode, tokens) for mode in policy.modes}
+            step["fetch"] = fetch_seconds(shape, hardware)
+            step["hop"] = lockstep_hop_seconds(tokens, size, shape, hardware)
+            step["hop_staggered"] = staggered_hop_seconds(tokens, shape, hardware)
+            step["best"] = policy.best(tokens)
         steps.append(step)
-    if not pooled:
-        return {"steps": steps, "crossover": None, "fetch_hidden_from": None}
     return {
         "steps": steps,
-        "crossover": crossover(policy),
-        "fetch_hidden_from": fetch_hidden_from(policy),
+        "mode_ranges": [list(r) for r in mode_ranges(policy)] if pooled else None,
+        "fetch_hidden_from": fetch_hidden_from(policy) if pooled else None,
     }
 
 

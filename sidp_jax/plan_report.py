@@ -37,6 +37,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{_size(model['layer_bytes'])} in {model['dtype']}."
     )
     console.print(f"Hardware: {plan['devices']} x {hardware['name']}. {hardware['source']}.")
+    if "assumptions" in hardware:
+        console.print(f"Not measured: {hardware['assumptions']}.")
     console.print(
         f"Workload: {workload['prompt']:,} tokens in, {workload['output']:,} out, "
         f"{workload['mean_length']:,} in the cache on average; max_model_len "
@@ -130,31 +132,37 @@ def _activations(plan: dict[str, Any]) -> str:
     return f"Activations of the largest step, as configured: {modes}; the largest is reserved."
 
 
+def _columns(plan: dict[str, Any]) -> list[str]:
+    """The times that a step of the plan has."""
+    return [key for key in plan["steps"][0] if key not in ("tokens", "best")]
+
+
 def _layers(plan: dict[str, Any]) -> Table:
-    columns = ["replicated"]
-    if plan["crossover"] is not None:
-        columns += ["was", "cas", "fetch", "hop"]
+    columns = _columns(plan)
+    pooled = "best" in plan["steps"][0]
     table = _table(
         "One layer, without attention, estimated, us",
         "tokens per replica",
-        *columns,
-        *(["best of was, cas"] if len(columns) > 1 else []),
+        *(column.replace("_", "\n") for column in columns),
+        *(["best"] if pooled else []),
     )
     for step in plan["steps"]:
         times = [f"{1e6 * step[column]:,.0f}" for column in columns]
-        table.add_row(f"{step['tokens']:,}", *times, *([step["best"]] if "best" in step else []))
+        table.add_row(f"{step['tokens']:,}", *times, *([step["best"]] if pooled else []))
     return table
 
 
 def _crossovers(plan: dict[str, Any]) -> str:
-    if plan["crossover"] is None:
-        return "In a pool of one, every layer is at home."
-    first, hidden = plan["crossover"], plan["fetch_hidden_from"]
-    below = f"cas wins below {first:,} tokens per replica and step, was from there on"
+    if plan["mode_ranges"] is None:
+        return "Every layer is at home."
+    ranges = [f"{mode} from {first:,}" for first, mode in plan["mode_ranges"]]
+    hidden = plan["fetch_hidden_from"]
+    hides = (
+        "no batch hides the fetch" if hidden is None else f"compute hides the fetch from {hidden:,}"
+    )
     return (
-        f"{below if first > 1 else 'was always wins'}; compute hides the fetch from {hidden:,}.\n"
-        "replicated is never slower, where it fits. cas is the lockstep schedule; the staggered "
-        "one is not counted."
+        f"Cheapest, by tokens per replica and step: {', '.join(ranges)}; {hides}.\n"
+        "replicated is never slower, where it fits. cas is the lockstep schedule."
     )
 
 
@@ -178,9 +186,11 @@ def _throughput(plan: dict[str, Any]) -> Table:
             "max_num_batched_tokens": chosen("max_num_batched_tokens"),
             "sequences per replica": number("running"),
             "bounded by": _speed(lambda _, speed: speed["limit"]),
-            "tokens per replica and step": number("step_tokens"),
-            "mode of such a step": _speed(lambda _, speed: speed["mode"]),
-            "step, ms": number("step_seconds", scale=1e3, digits=1),
+            "steps filled with prefill": _speed(lambda _, speed: f"{speed['full_share']:.0%}"),
+            "their mode": _speed(lambda _, speed: speed["full_mode"]),
+            "tokens of another step, padded": number("step_tokens"),
+            "its mode": _speed(lambda _, speed: speed["mode"]),
+            "mean step, ms": number("step_seconds", scale=1e3, digits=1),
             "output tokens/s, all GPUs": number("output_tokens_per_second"),
             "requests/s, all GPUs": number("requests_per_second", digits=2),
         },
@@ -234,13 +244,12 @@ def draw_figure(plan: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     times, bytes_ = figure.subplots(1, 2)
     tokens = [step["tokens"] for step in plan["steps"]]
-    for key in ("replicated", "was", "cas", "fetch", "hop"):
-        if key in plan["steps"][0]:
-            line = "--" if key in ("fetch", "hop") else "o-"
-            times.plot(tokens, [1e3 * step[key] for step in plan["steps"]], line, label=key)
-    for key in ("crossover", "fetch_hidden_from"):
-        if plan[key] is not None and plan[key] <= tokens[-1]:
-            times.axvline(plan[key], color="grey", linewidth=0.8)
+    for key in _columns(plan):
+        line = "--" if key in ("fetch", "hop", "hop_staggered") else "o-"
+        times.plot(tokens, [1e3 * step[key] for step in plan["steps"]], line, label=key)
+    for first, _ in plan["mode_ranges"] or []:
+        if 1 < first <= tokens[-1]:
+            times.axvline(first, color="grey", linewidth=0.8)
     times.set_xscale("log", base=2)
     times.set(yscale="log", xlabel="tokens per replica and step", ylabel="ms")
     times.set(title="One layer, without attention")

@@ -22,32 +22,49 @@ from sidp_jax.estimate import (
     throughput,
 )
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, REPLICATED, WAS, Policy
+from sidp_jax.modes.policy import CAS_STAGGERED, REPLICATED, Policy, fetch_seconds
 
 SEQS_LADDER = (64, 128, 256, 512, 1024, 2048)
 BUDGET_LADDER = (2048, 4096, 8192, 16384)
 RESIDENT_STEPS = 10
 """Shares of resident layers that the search tries."""
 
-_MOST_TOKENS = 1 << 24
+_MOST_TOKENS = 1 << 18
+"""Beyond this many tokens per replica and step no mode is looked for."""
 
 
-def crossover(policy: Policy) -> int:
-    """The first number of tokens per replica at which WaS is no dearer than CaS.
+def mode_ranges(policy: Policy) -> list[tuple[int, str]]:
+    """The cheapest mode by tokens per replica: where each range starts, and its mode.
 
-    What CaS costs more grows with the tokens: it moves each of them and computes all replicas' on
-    one, where WaS moves weights.
+    Looks at numbers of tokens that lie 5% apart, and for the exact change between two of them.
     """
-    return _first(lambda tokens: policy.seconds(WAS, tokens) <= policy.seconds(CAS, tokens))
+    ranges = [(1, policy.best(1))]
+    below = 1
+    while below < _MOST_TOKENS:
+        above = max(below + 1, int(below * 1.05))
+        mode = policy.best(above)
+        if mode != ranges[-1][1]:
+            first = _first(lambda tokens, mode=mode: policy.best(tokens) == mode, below, above)
+            ranges.append((first, mode))
+        below = above
+    return ranges
 
 
-def fetch_hidden_from(policy: Policy) -> int:
+def fetch_hidden_from(policy: Policy) -> int | None:
     """The first number of tokens per replica whose compute takes as long as a fetch."""
-    return _first(lambda tokens: policy.seconds(WAS, tokens) <= policy.seconds(REPLICATED, tokens))
+    shape, hardware = policy.shape, policy.hardware
+    fetch = fetch_seconds(shape, hardware)
+
+    def hidden(tokens: int) -> bool:
+        size = shape.weight_bytes, shape.flops_per_token
+        return hardware.dense_seconds(tokens, *size) >= fetch
+
+    return _first(hidden, 0, _MOST_TOKENS) if hidden(_MOST_TOKENS) else None
 
 
-def _first(holds: Callable[[int], bool]) -> int:
-    return 1 + bisect(range(1, _MOST_TOKENS), False, key=holds)
+def _first(holds: Callable[[int], bool], below: int, above: int) -> int:
+    """The first number after ``below`` for which something holds that holds for ``above``."""
+    return below + 1 + bisect(range(below + 1, above), False, key=holds)
 
 
 @dataclass(frozen=True)
@@ -82,14 +99,16 @@ def plain_candidates(model: ModelConfig, num_devices: int, size: int) -> Iterato
 def pooled_candidates(
     model: ModelConfig, num_devices: int, modes: tuple[str, ...]
 ) -> Iterator[Candidate]:
-    """Every way to pool the devices of a node."""
+    """Every way to pool the devices of a node; resident layers rule out the staggered schedule."""
     residents = range(0, model.num_layers, ceil(model.num_layers / RESIDENT_STEPS))
     for size in tensor_sizes(model, num_devices):
         replicas = num_devices // size
         for pool in range(2, min(replicas, model.num_layers) + 1):
             if replicas % pool == 0:
                 for resident, (seqs, budget) in product(residents, _step_sizes()):
-                    yield Candidate(pool, size, replicas // pool, resident, modes, seqs, budget)
+                    able = tuple(mode for mode in modes if not resident or mode != CAS_STAGGERED)
+                    if able:
+                        yield Candidate(pool, size, replicas // pool, resident, able, seqs, budget)
 
 
 def _step_sizes() -> Iterator[tuple[int, int]]:

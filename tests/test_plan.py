@@ -19,25 +19,26 @@ from sidp_jax.estimate import (
     Candidate,
     Setting,
     Workload,
-    fetch_seconds,
-    hop_seconds,
+    activation_bytes,
+    attention_seconds,
+    bucket,
     layer_parameters,
     layer_shape,
     memory,
     policy_of,
     step_seconds,
 )
-from sidp_jax.hardware import load_profile, profile_names
+from sidp_jax.hardware import load_profile, profile_names, value_at
 from sidp_jax.kv_cache import kv_cache_spec
 from sidp_jax.mesh import PARAMETER_AXES, make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
-from sidp_jax.modes.policy import CAS, REPLICATED, WAS
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, fetch_seconds
 from sidp_jax.plan_search import (
     best,
-    crossover,
     evaluate,
     fetch_hidden_from,
+    mode_ranges,
     plain_candidates,
     pooled_candidates,
     tensor_sizes,
@@ -86,7 +87,7 @@ def full():
         "for line in json.loads(sys.argv[1]): plan.main(line)\n"
         "sys.exit('jax' in sys.modules)"
     )
-    lines = [arguments("--json"), arguments("--json", model="qwen3_32b", hardware="h100")]
+    lines = [arguments("--json"), arguments("--json", model="llama3.1_70b", hardware="h100")]
     command = [sys.executable, "-c", code, json.dumps(lines)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"planning must not import jax; {done.stderr}"
@@ -157,8 +158,19 @@ def test_memory_of_qwen72b():
     plain = memory(setting(), candidate(1, 1, 80, (REPLICATED,)))
     assert plain.weights > plain.usable
     assert not plain.fits
-    only_was = memory(setting(), candidate(modes=(WAS,)))
-    assert 7 < held.activations / only_was.activations <= 8, "lockstep cas holds everyone's tokens"
+
+
+def test_a_mode_needs_memory_for_the_steps_that_it_may_run():
+    where = setting()
+    both = activation_bytes(where, candidate())
+    lockstep = policy_of(where, candidate())
+    most = max(t for t in (16, 64, 256, 512, 1024, 2048, 4096) if lockstep.may_run(CAS, t))
+    assert most < 4096
+    assert both[CAS] == activation_bytes(where, candidate(max_num_batched_tokens=most))[CAS]
+    alone = activation_bytes(where, candidate(modes=(CAS,)))[CAS]
+    assert 7 < alone / both[WAS] <= 8, "lockstep cas holds everyone's tokens"
+    staggered = activation_bytes(where, candidate(modes=(CAS_STAGGERED,)))[CAS_STAGGERED]
+    assert 1 < staggered / both[WAS] < 2, "a guest's beside its own"
 
 
 def test_a_configuration_fits_if_one_sequence_does():
@@ -180,54 +192,103 @@ def fetched(spans, layer, fetch):
 
 
 @pytest.mark.parametrize(("resident", "tokens"), [*product((0, 7, 40, 80), (16, 1024, 4096))])
-def test_was_is_as_long_as_its_events(resident, tokens):
-    where, ours = setting(), candidate(resident=resident)
-    policy, workload = policy_of(where, ours), Workload(1, 1)
+@pytest.mark.parametrize("attention", [0.0, 5e-4])
+def test_was_is_as_long_as_its_events(resident, tokens, attention):
+    policy = policy_of(setting(), candidate(resident=resident))
     pooled = PoolLayout(80, 8, resident).pooled
     spans = [end - start for start, end in pairwise([0, *pooled, 80])]
-    layers = fetched(spans, policy.seconds(REPLICATED, tokens), fetch_seconds(policy))
-    got = step_seconds(where, ours, WAS, tokens, 0.0, workload)
-    few = 80 * tokens * 2 * 64 * 128 / where.hardware.flops  # attention of prompts of one token
-    head = 152064 * 8192 * 2 / 8 / where.hardware.memory_bandwidth
-    assert layers <= got - head <= layers + few * 1.001
+    dense = policy.seconds(REPLICATED, tokens)
+    fetch = fetch_seconds(policy.shape, policy.hardware)
+    layers = fetched(spans, dense, fetch) + 80 * attention
+    assert policy.step_seconds(WAS, tokens, attention) == pytest.approx(layers)
+
+
+def stages(pool, layers, stage):
+    """Staggered CaS, event by event: replica g is done a stage after its owner served it."""
+    done = [0.0] * pool
+    free = [0.0] * pool  # when each owner has served whom it serves
+    for layer in range(layers):
+        for g in range(pool):
+            owner = layer % pool
+            start = max(done[g], free[owner], 0.0 if layer else g * stage)
+            done[g] = free[owner] = start + stage
+    return max(done)
+
+
+@pytest.mark.parametrize(("pool", "layers"), [(2, 7), (8, 80), (6, 80)])
+def test_staggered_cas_is_as_long_as_its_events(pool, layers):
+    model = small_config(layers)
+    policy = policy_of(setting(model), candidate(pool, modes=(CAS_STAGGERED,)))
+    shape, hardware, attention = policy.shape, policy.hardware, 1e-5
+    ratio = value_at(hardware.indexed_matmul_ratio, 64)
+    stage = ratio * hardware.dense_seconds(64, shape.weight_bytes, shape.flops_per_token)
+    moved = 64 * (shape.qkv_bytes + shape.attended_bytes + shape.activation_bytes)
+    stage += attention + moved / 385e9 + 3 * 10e-6
+    got = policy.step_seconds(CAS_STAGGERED, 64, attention)
+    assert got == pytest.approx(stages(pool, layers, stage))
 
 
 def test_a_step_costs_what_its_parts_cost():
-    where, workload = setting("qwen3_32b"), Workload(1024, 256)
+    where = setting("qwen3_32b")
     plain = candidate(1, 1, 64, (REPLICATED,))
     policy = policy_of(where, plain)
-    seconds = step_seconds(where, plain, REPLICATED, 500, 100.0, workload)
-    reads = 64 * 100 * 1152 * 2 * 8 * 128 * 2 / 4.28e12
-    prefill = 64 * 400 * 2 * 64 * 128 * 1024 / 700e12
-    head = 151936 * 5120 * 2 / 4.28e12
-    assert seconds == pytest.approx(64 * policy.seconds(REPLICATED, 500) + reads + prefill + head)
+    kv_update = value_at(where.hardware.kv_update, 512)
+    attention = attention_seconds(where, plain, 512, 100 * 1152, [(400 * 512, 1024)])
+    reads = 100 * 1152 * 2 * 8 * 128 * 2 / 4.05e12
+    prefill = 400 * 512 * 4 * 64 * 128 / 409e12
+    assert attention == pytest.approx(reads + prefill + kv_update)
+    seconds = step_seconds(where, plain, policy, REPLICATED, 512, attention)
+    table = 151936 * 5120
+    head = where.hardware.dense_seconds(256, 2 * table, 2 * table)
+    logits = 4 * 256 * 151936 * 4 / 4.28e12
+    layers = 64 * (policy.seconds(REPLICATED, 512) + attention)
+    assert seconds == pytest.approx(layers + head + logits)
     halves = candidate(1, 2, 64, (REPLICATED,))
-    reduced = 64 * 2 * (2 * 0.5 * 500 * 5120 * 2 / 385e9 + 10e-6)
-    exchanged = 100 * 151936 * 4 / 2 / 385e9
-    expected = 64 * policy_of(where, halves).seconds(REPLICATED, 500)
-    expected += reads / 2 + prefill / 2 + head / 2 + reduced + exchanged
-    assert step_seconds(where, halves, REPLICATED, 500, 100.0, workload) == pytest.approx(expected)
+    policy = policy_of(where, halves)
+    shape = policy.shape
+    dense = where.hardware.dense_seconds(512, shape.weight_bytes, shape.flops_per_token)
+    reduced = 2 * (2 * 0.5 * 512 * 5120 * 2 / 385e9 + 10e-6)
+    exchanged = 256 * 151936 * 4 / 2 / 385e9
+    halved = attention_seconds(where, halves, 512, 100 * 1152, [(400 * 512, 1024)])
+    assert halved == pytest.approx((reads + prefill) / 2 + kv_update)
+    expected = 64 * (dense + reduced + halved) + exchanged + logits
+    expected += where.hardware.dense_seconds(256, table, table)
+    got = step_seconds(where, halves, policy, REPLICATED, 512, halved)
+    assert got == pytest.approx(expected)
 
 
-def test_fetch_and_hop_are_the_link_parts_of_a_layer():
+def test_lockstep_cas_costs_what_its_parts_cost():
     where, ours = setting(), candidate()
     policy = policy_of(where, ours)
-    assert fetch_seconds(policy) == policy.shape.weight_bytes / 385e9
     moved = 7 * 100 * 2 * (8192 + 8192 + 10240 + 8192)
-    assert hop_seconds(policy, 100) == pytest.approx(moved / 385e9 + 4 * 10e-6)
+    everyone = where.hardware.dense_seconds(
+        800, policy.shape.weight_bytes, policy.shape.flops_per_token
+    )
+    expected = everyone + moved / 385e9 + 4 * 10e-6
+    assert policy.seconds(CAS, 100) == pytest.approx(expected)
 
 
 # ---- modes and configurations
 
 
 @pytest.mark.parametrize(("hardware", "model"), [*product(profile_names(), LARGE)])
-def test_the_crossover_is_the_only_one(hardware, model):
-    policy = policy_of(setting(model, hardware), candidate())
-    first, hidden = crossover(policy), fetch_hidden_from(policy)
-    for tokens in {*range(1, 4096, 311), first - 1, first, hidden - 1, hidden} - {0}:
-        was, cas, home = (policy.seconds(mode, tokens) for mode in (WAS, CAS, REPLICATED))
-        assert (was <= cas) == (tokens >= first)
-        assert (was <= home) == (tokens >= hidden)
+def test_mode_ranges_name_the_cheapest_mode(hardware, model):
+    policy = policy_of(setting(model, hardware), candidate(modes=(WAS, CAS, CAS_STAGGERED)))
+    ranges = mode_ranges(policy)
+    assert ranges[0][0] == 1
+    ends = [first for first, _ in ranges[1:]]
+    for tokens in {*range(1, 8192, 311), *ends, *(end - 1 for end in ends)}:
+        mode = next(mode for first, mode in reversed(ranges) if first <= tokens)
+        costs = {mode: policy.seconds(mode, tokens) for mode in policy.modes}
+        assert costs[mode] == min(costs.values())
+
+
+@pytest.mark.parametrize("hardware", ["h20", "h200", "b200"])
+def test_compute_hides_the_fetch_from_there_on(hardware):
+    policy = policy_of(setting(hardware=hardware), candidate())
+    hidden = fetch_hidden_from(policy)
+    fetch = fetch_seconds(policy.shape, policy.hardware)
+    assert policy.seconds(REPLICATED, hidden - 1) < fetch <= policy.seconds(REPLICATED, hidden)
 
 
 def test_throughput_names_what_bounds_it():
@@ -240,10 +301,26 @@ def test_throughput_names_what_bounds_it():
     assert limit().running == 256
     assert limit(max_num_seqs=1024).limit == "KV cache"
     assert limit(max_num_batched_tokens=512).limit == "max_num_batched_tokens"
-    assert limit(max_num_batched_tokens=512).step_tokens == 512
+    assert limit(max_num_batched_tokens=512).full_share == 1
     tail = evaluate(where, candidate(max_num_seqs=4), Workload(1, 8000)).speed
     assert tail.mode == CAS, "as the policy would"
     assert tail.requests_per_second * 8000 == pytest.approx(tail.output_tokens_per_second)
+
+
+def test_throughput_is_that_of_the_steps_it_is_made_of():
+    where, ours, work = setting(), candidate(), Workload(1024, 256)
+    speed = evaluate(where, ours, work).speed
+    full = 256 * 1024 / (4096 - 256)
+    assert speed.full_share == pytest.approx(full / 256)
+    policy = policy_of(where, ours)
+    assert (speed.mode, speed.full_mode) == (policy.best(256), policy.best(4096))
+    pairs = (4096 - 256) * 512.0
+    attention = attention_seconds(where, ours, 4096, 256 * 1152, [(pairs, 1024)])
+    total = full * step_seconds(where, ours, policy, speed.full_mode, 4096, attention)
+    attention = attention_seconds(where, ours, 256, 256 * 1152, [])
+    total += (256 - full) * step_seconds(where, ours, policy, speed.mode, 256, attention)
+    assert speed.output_tokens_per_second == pytest.approx(8 * 256 * 256 / total)
+    assert bucket(ours, 257) == 512
 
 
 def test_the_search_tries_every_way_to_use_the_node():
@@ -261,8 +338,17 @@ def test_the_search_tries_every_way_to_use_the_node():
 
 
 def test_estimates_know_only_modes_that_they_know():
-    with pytest.raises(ValueError, match="can be estimated for replicated, was, cas alone"):
-        candidate(modes=(WAS, "cas_staggered"))
+    with pytest.raises(ValueError, match="can be estimated for replicated, was, cas, cas_stag"):
+        candidate(modes=(WAS, "dp"))
+
+
+def test_resident_layers_rule_out_the_staggered_schedule(monkeypatch):
+    monkeypatch.setattr(plan_search, "RESIDENT_STEPS", 2)
+    ways = [*pooled_candidates(shape("qwen2.5_72b"), 8, (WAS, CAS_STAGGERED))]
+    assert {c.modes for c in ways if c.resident_layers} == {(WAS,)}
+    assert {c.modes for c in ways if not c.resident_layers} == {(WAS, CAS_STAGGERED)}
+    ways = [*pooled_candidates(shape("qwen2.5_72b"), 8, (CAS_STAGGERED,))]
+    assert all(not c.resident_layers for c in ways)
 
 
 # ---- the plan
@@ -276,9 +362,9 @@ def test_plan_of_qwen72b_on_eight_h200(full):
     assert list(options) == ["as configured", "plain DP", "best DP x TP", "best pooled"]
     assert options["plain DP"]["throughput"] is None
     assert options["best DP x TP"]["configuration"]["tensor_size"] == 2
-    assert [step["best"] for step in made["steps"]] == ["cas"] * 2 + ["was"] * 5
-    assert 64 < made["crossover"] < 256
-    assert 1024 < made["fetch_hidden_from"] < 2048
+    assert [step["best"] for step in made["steps"]] == ["cas", *["cas_staggered"] * 4, "was", "was"]
+    assert [mode for _, mode in made["mode_ranges"]] == ["cas", "cas_staggered", "was"]
+    assert 1950 < made["fetch_hidden_from"] < 2200
     assert made["recommendation"]["pool"] is False
     assert made["recommendation"]["set"]["tensor_parallel_size"] == 2
     assert made["recommendation"]["jobs"] == 4
@@ -299,9 +385,10 @@ def test_a_pool_is_recommended_where_it_pays(full):
     assert made["recommendation"]["pool"] is True
     assert made["recommendation"]["set"]["pool_size"] > 1
     options = made["configurations"]
-    rate = {n: o["throughput"]["output_tokens_per_second"] for n, o in options.items()}
-    plain = max(rate["plain DP"], rate["best DP x TP"])
-    assert rate["best pooled"] > plan.WORTHWHILE * plain
+    assert options["plain DP"]["throughput"] is None, "one GPU holds no copy"
+    pooled, plain = (options[name]["throughput"] for name in ("best pooled", "best DP x TP"))
+    rates = [speed["output_tokens_per_second"] for speed in (pooled, plain)]
+    assert rates[0] > plan.WORTHWHILE * rates[1]
 
 
 def test_nothing_is_recommended_where_nothing_fits_or_is_known():
@@ -330,7 +417,8 @@ def test_tables_can_be_read_without_a_terminal(capsys):
         "0, 8, 16, 24",
         "does not fit",
         "DP4 x TP2",
-        "the staggered one is not counted",
+        "Not measured: link is NVLink 4",
+        "cas_staggered from",
         "do not pool",
         "1 pool of 8",
         "KV tokens, all GPUs",
@@ -351,7 +439,8 @@ def test_every_kind_of_configuration_has_its_tables(more, capsys):
 
 def test_json_is_the_whole_plan(capsys):
     assert plan.main(arguments("--json", "workload=128,64")) == 0
-    assert json.loads(capsys.readouterr().out) == make("workload=128,64")
+    made = json.loads(json.dumps(make("workload=128,64")))
+    assert json.loads(capsys.readouterr().out) == made
 
 
 @pytest.mark.parametrize(
@@ -365,7 +454,7 @@ def test_json_is_the_whole_plan(capsys):
         (["pool_size=81"], "pool_size=81 must lie between 1 and the model's 80"),
         (["tensor_parallel_size=3"], "tensor_parallel_size=3 must divide the model's 8 key"),
         (["--gpus", "12"], "--gpus 12 must be a multiple of the 8"),
-        (["cas_schedule=staggered"], "cas_schedule='staggered' cannot be planned"),
+        (["hardware=nowhere.yaml"], "hardware='nowhere.yaml': there is no file"),
         (["hardware=a100"], "hardware='a100' must be one of"),
         (["worklaod=1,2"], "unknown key 'worklaod'"),
     ],
@@ -387,6 +476,25 @@ def test_hardware_auto_goes_by_the_first_gpu(monkeypatch, tmp_path, capsys):
     assert make("hardware=auto", "platform=cpu")["hardware"]["name"] == "cpu"
 
 
+def test_the_profile_in_use_can_be_kept(tmp_path, capsys):
+    path = tmp_path / "ours.yaml"
+    assert plan.main(arguments("--save-profile", str(path))) == 0
+    capsys.readouterr()
+    ours = make(hardware=str(path))["hardware"]
+    assert ours == make()["hardware"] | {"name": "ours"}
+
+
+def test_hardware_can_be_measured(tmp_path, capsys):
+    path = tmp_path / "here.yaml"
+    chosen = arguments("platform=cpu", "pool_size=2", "--json", hardware="measure")
+    assert plan.main([*chosen, "--save-profile", str(path)]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["kind"].startswith("estimates, from a profile that this command measured")
+    assert made["hardware"]["name"] == "measure"
+    assert "measured on" in made["hardware"]["source"]
+    assert load_profile(str(path)).layer_ms
+
+
 def test_a_figure_needs_matplotlib(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plan.main(arguments("--figure", str(tmp_path / "plan.png"))) == 2
@@ -403,7 +511,7 @@ def test_the_figure_shows_times_and_bytes(monkeypatch, tmp_path, capsys):
     path = tmp_path / "plan.png"
     assert plan.main(arguments("--figure", str(path))) == 0
     labels = [call.kwargs["label"] for call in times.plot.call_args_list]
-    assert labels == ["replicated", "was", "cas", "fetch", "hop"]
+    assert labels == ["replicated", "was", "cas", "cas_staggered", "fetch", "hop", "hop_staggered"]
     assert len(bytes_.barh.call_args_list) == 5
     assert "estimated" in figure.suptitle.call_args.args[0]
     assert figure.savefig.call_args.args == (path,)

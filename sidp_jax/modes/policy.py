@@ -1,19 +1,31 @@
 """Which mode a step runs in: a pure function of numbers, with hysteresis. No jax.
 
-The cost of one layer in each mode: the dense compute of the step's tokens or one read of the
-layer's weights, whichever takes longer, and what has to cross the link.
+The cost of a step's layers in each mode: the dense compute of its tokens or one read of the
+weights, whichever takes longer, and what has to cross the link. ``layers_seconds`` is the one
+formula; the plan, the engine's policy and the node simulator all use it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import pairwise
 
-from sidp_jax.hardware import Hardware
+from sidp_jax.hardware import Hardware, value_at
+from sidp_jax.pool import PoolLayout
 
 WAS = "was"
 CAS = "cas"
 CAS_STAGGERED = "cas_staggered"
 REPLICATED = "replicated"
+
+
+FETCH_RIDES_UNDER_ATTENTION = False
+"""Whether attention, too, hides a fetch: in today's compiled schedule of WaS it does not."""
+
+ROW_COPY = 1.2
+"""Reads of a layer that XLA spends on picking a slab row on the device, without an indexed GEMM:
+0.94 ms a stage instead of 0.44 for 1.755 GB at 4.28 TB/s, one H200, 16 tokens."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class LayerShape:
         activation_bytes: Bytes of one token's residual stream.
         qkv_bytes: Bytes of one token's queries, keys and values.
         attended_bytes: Bytes of one token's attention result.
+        reduced_bytes: Bytes of one token that one reduction over the devices of a replica moves
+            into each of them; 0 where a replica is one device.
     """
 
     num_layers: int
@@ -35,47 +49,120 @@ class LayerShape:
     activation_bytes: int
     qkv_bytes: int
     attended_bytes: int
+    reduced_bytes: float = 0.0
 
 
-def layer_seconds(
-    mode: str, tokens: int, pool_size: int, shape: LayerShape, hardware: Hardware
+def layers_seconds(
+    mode: str,
+    tokens: int,
+    pool_size: int,
+    shape: LayerShape,
+    hardware: Hardware,
+    resident_layers: int = 0,
+    attention: float = 0.0,
 ) -> float:
-    """Seconds for one pooled layer of a step, without attention: it is the same in every mode.
+    """Seconds of all layers of one step.
 
     Args:
         mode: ``replicated``, ``was``, ``cas`` (lockstep) or ``cas_staggered``.
         tokens: Tokens per replica in the step.
         pool_size: Replicas of the pool.
-        shape: The layer.
+        shape: One layer.
         hardware: The GPU and its link.
+        resident_layers: Layers that every replica keeps.
+        attention: Seconds of one layer's attention, of the replica that takes longest.
+
+    Raises:
+        ValueError: The mode is unknown, or staggered with resident layers.
     """
-
-    def dense(count: int) -> float:
-        return max(
-            count * shape.flops_per_token / hardware.flops,
-            shape.weight_bytes / hardware.memory_bandwidth,
-        )
-
-    if mode == REPLICATED:
-        return dense(tokens)
+    layers = shape.num_layers
+    reduction = reduction_seconds(tokens, shape, hardware)
+    dense = hardware.dense_seconds(tokens, shape.weight_bytes, shape.flops_per_token)
+    home = dense + reduction + attention
+    first, *later = _spans(layers, pool_size, resident_layers)
+    if mode == REPLICATED or (mode in (WAS, CAS, CAS_STAGGERED) and not later):
+        return layers * home
     if mode == WAS:
-        return max(dense(tokens), shape.weight_bytes / hardware.link_bandwidth)
+        return _was_seconds((first, *later), dense, reduction, attention, shape, hardware)
     if mode == CAS:
-        # Into the owner come everyone's activations and attention results, out of it go everyone's
-        # queries, keys, values and results, one after the other.
-        there = shape.activation_bytes + shape.attended_bytes
-        back = shape.qkv_bytes + shape.activation_bytes
-        moved = (pool_size - 1) * tokens * (there + back)
-        return (
-            dense(pool_size * tokens) + moved / hardware.link_bandwidth + 4 * hardware.hop_latency
-        )
+        everyone = pool_size * tokens
+        served = hardware.dense_seconds(everyone, shape.weight_bytes, shape.flops_per_token)
+        served += reduction_seconds(everyone, shape, hardware) + attention
+        served += lockstep_hop_seconds(tokens, pool_size, shape, hardware)
+        return len(later) * served + resident_layers * home
     if mode == CAS_STAGGERED:
-        # One replica's queries, keys, values, results and activations move, each in a hop of its
-        # own; the pipeline is filled and drained once a step.
-        moved = tokens * (shape.qkv_bytes + shape.attended_bytes + shape.activation_bytes)
-        stage = dense(tokens) + moved / hardware.link_bandwidth + 3 * hardware.hop_latency
-        return stage * (1 + (pool_size - 1) / shape.num_layers)
+        if resident_layers:
+            raise ValueError(f"resident_layers={resident_layers} must be 0 for {mode}")
+        # The pipeline is filled and drained once a step.
+        stage = _indexed(dense, tokens, shape, hardware) + reduction + attention
+        stage += staggered_hop_seconds(tokens, shape, hardware)
+        return stage * (layers + pool_size - 1)
     raise ValueError(f"unknown mode {mode!r}; known: {REPLICATED}, {WAS}, {CAS}, {CAS_STAGGERED}")
+
+
+def _was_seconds(
+    spans: tuple[int, ...],
+    dense: float,
+    reduction: float,
+    attention: float,
+    shape: LayerShape,
+    hardware: Hardware,
+) -> float:
+    """A fetch rides under the layers before it; nothing is before the first one's."""
+    fetch = fetch_seconds(shape, hardware)
+    hidden = attention if FETCH_RIDES_UNDER_ATTENTION else 0.0
+    *before, last = spans
+    seconds = sum(spans) * (attention - hidden) + last * (dense + reduction + hidden)
+    for count in before:
+        # Reductions share the link with the fetch, so they lengthen it.
+        seconds += max(count * (dense + reduction + hidden), fetch + count * reduction)
+    return seconds
+
+
+def _indexed(dense: float, tokens: int, shape: LayerShape, hardware: Hardware) -> float:
+    """Dense compute whose slab row is known only on the device."""
+    if hardware.indexed_matmul_ratio:
+        return dense * value_at(hardware.indexed_matmul_ratio, tokens)
+    return dense + ROW_COPY * shape.weight_bytes / hardware.memory_bandwidth
+
+
+def fetch_seconds(shape: LayerShape, hardware: Hardware) -> float:
+    """Seconds that one layer takes over the link."""
+    return shape.weight_bytes / hardware.link_bandwidth
+
+
+def lockstep_hop_seconds(
+    tokens: int, pool_size: int, shape: LayerShape, hardware: Hardware
+) -> float:
+    """Seconds that the activations of one layer are under way in lockstep CaS.
+
+    Into the owner come everyone's activations and attention results, out of it go everyone's
+    queries, keys, values and results, one after the other.
+    """
+    there = shape.activation_bytes + shape.attended_bytes
+    back = shape.qkv_bytes + shape.activation_bytes
+    moved = (pool_size - 1) * tokens * (there + back)
+    return moved / hardware.link_bandwidth + 4 * hardware.hop_latency
+
+
+def staggered_hop_seconds(tokens: int, shape: LayerShape, hardware: Hardware) -> float:
+    """The same in staggered CaS: one replica's queries, keys and values, results, activations."""
+    parts = shape.qkv_bytes, shape.attended_bytes, shape.activation_bytes
+    return sum(hardware.hop_seconds(tokens * part) for part in parts)
+
+
+def reduction_seconds(tokens: int, shape: LayerShape, hardware: Hardware) -> float:
+    """Seconds of a layer's two reductions over the devices of a replica."""
+    if not shape.reduced_bytes:
+        return 0.0
+    return 2 * (tokens * shape.reduced_bytes / hardware.link_bandwidth + hardware.hop_latency)
+
+
+@cache
+def _spans(num_layers: int, pool_size: int, resident_layers: int) -> tuple[int, ...]:
+    """Layers before the first pooled one, then from each pooled one to the next."""
+    pooled = PoolLayout(num_layers, pool_size, resident_layers).pooled
+    return tuple(end - start for start, end in pairwise((0, *pooled, num_layers)))
 
 
 @dataclass(frozen=True)
@@ -132,6 +219,7 @@ class Policy:
         hardware: The GPU and its link.
         margin: Least saving that is worth a switch, as a share of the current mode's cost. Below
             0.05, so that no mode is kept that costs over 5% more than the best.
+        resident_layers: Layers that every replica keeps; they cost the same in every mode.
     """
 
     modes: tuple[str, ...]
@@ -139,6 +227,7 @@ class Policy:
     shape: LayerShape
     hardware: Hardware
     margin: float = 0.04
+    resident_layers: int = 0
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -147,13 +236,36 @@ class Policy:
             raise ValueError(f"margin={self.margin} must lie in [0, 0.05)")
 
     def seconds(self, mode: str, tokens: int) -> float:
-        """Estimated seconds of one layer; see ``layer_seconds``."""
-        return layer_seconds(mode, tokens, self.pool_size, self.shape, self.hardware)
+        """Estimated seconds of a step's layers without attention, per layer of the model."""
+        key = mode, tokens
+        if key not in self._known:
+            self._known[key] = self.step_seconds(mode, tokens) / self.shape.num_layers
+        return self._known[key]
+
+    def step_seconds(self, mode: str, tokens: int, attention: float = 0.0) -> float:
+        """Estimated seconds of all layers of a step; see ``layers_seconds``."""
+        return layers_seconds(
+            mode,
+            tokens,
+            self.pool_size,
+            self.shape,
+            self.hardware,
+            self.resident_layers,
+            attention,
+        )
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, int], float]:
+        return {}
 
     def may_run(self, mode: str, tokens: int) -> bool:
         """Whether ``decide`` can ever answer this mode for a step of so many tokens."""
-        best = min(self.seconds(other, tokens) for other in self.modes)
+        best = self.seconds(self.best(tokens), tokens)
         return self.seconds(mode, tokens) * (1 - self.margin) <= best
+
+    def best(self, tokens: int) -> str:
+        """The cheapest mode for a step of so many tokens."""
+        return min(self.modes, key=lambda mode: self.seconds(mode, tokens))
 
     def decide(self, state: PolicyState, tokens: int) -> tuple[PolicyState, Switch | None]:
         """The mode for a step of so many tokens per replica.
@@ -165,7 +277,7 @@ class Policy:
         Returns:
             The new state, whose ``mode`` is the decision, and the switch if it is one.
         """
-        best = min(self.modes, key=lambda mode: self.seconds(mode, tokens))
+        best = self.best(tokens)
         decided = replace(state, steps=state.steps + 1)
         if state.mode is None or best == state.mode:
             return replace(decided, mode=best), None

@@ -1,0 +1,85 @@
+"""What a configuration leaves open, settled in one place for plan and engine. No jax."""
+
+from __future__ import annotations
+
+from sidp_jax.config import ConfigError, EngineConfig
+from sidp_jax.estimate import layer_shape
+from sidp_jax.hardware import Hardware
+from sidp_jax.models.config import ModelConfig
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
+
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def is_plain(config: EngineConfig) -> bool:
+    """Whether every layer is at home: in ``replicated``, and by ``auto`` in a pool of one."""
+    return config.mode == REPLICATED or (config.mode == "auto" and config.pool_size == 1)
+
+
+def modes_of(config: EngineConfig, hardware: Hardware) -> tuple[str, ...]:
+    """The modes that steps may run in; among several the policy picks step by step.
+
+    Args:
+        config: The configuration.
+        hardware: ``cas_schedule: auto`` tries the staggered schedule only where the profile has an
+            indexed GEMM: without one a slab row that differs between devices is copied, and takes
+            several layers of memory.
+    """
+    if is_plain(config):
+        return (REPLICATED,)
+    if config.mode == WAS:
+        return (WAS,)
+    staggered = bool(hardware.indexed_matmul_ratio) and not config.resident_layers
+    cas = {
+        "lockstep": (CAS,),
+        "staggered": (CAS_STAGGERED,),
+        "auto": (CAS, CAS_STAGGERED) if staggered else (CAS,),
+    }[config.cas_schedule]
+    return cas if config.mode == CAS else (WAS, *cas)
+
+
+def make_policy(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Policy:
+    """The policy that decides each step of a run."""
+    modes = modes_of(config, hardware)
+    return Policy(
+        modes,
+        config.pool_size,
+        layer_shape(model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]),
+        hardware,
+        resident_layers=model.num_layers if modes == (REPLICATED,) else config.resident_layers,
+    )
+
+
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
+    """The longest sequence in tokens: as configured, or the model's own limit.
+
+    Raises:
+        ConfigError: It is longer than the model was made for.
+    """
+    longest = model.max_position_embeddings
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is more than the {longest} positions that the "
+            f"model was made for; lower it"
+        )
+    return config.max_model_len
+
+
+def check_tensor_parallel(config: EngineConfig, model: ModelConfig) -> None:
+    """Looks whether the devices of a replica can share out a layer.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    size = config.tensor_parallel_size
+    for what, count in (
+        ("key and value heads", model.num_kv_heads),
+        ("columns of the feed-forward layer", model.intermediate_size),
+    ):
+        if count % size:
+            raise ConfigError(
+                f"tensor_parallel_size={size} must divide the model's {count} {what}; lower it and "
+                f"raise pool_size instead"
+            )
