@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, prod
+from math import ceil, exp, prod, sqrt
 
 from sidp_jax.batch import token_buckets
 from sidp_jax.hardware import Hardware, Number
@@ -40,13 +40,14 @@ KNOWN_MODES = (REPLICATED, WAS, CAS, CAS_STAGGERED)
 """Modes whose time and memory this module knows; ``cas`` is the lockstep schedule."""
 
 FORMULA = (
-    "n = min(max_num_seqs, KV pages / pages of a sequence of mean length, in + out/2)",
-    "full steps have max_num_batched_tokens: n decodes and prefill; a sequence sees f of them,",
-    "  f = min(out, n in / (max_num_batched_tokens - n)), and out - f others, which only decode",
-    "t = tokens of such a step, padded to the compiled shape, d = those that are decoded",
+    "n = min(max_num_seqs, sequences that the KV cache holds: in + out/2 tokens each, and two",
+    "  standard deviations of their sum to spare)",
+    "d = n, or max_num_batched_tokens / (1 + in/out) if that is less: tokens decoded in a step",
+    "t = tokens of a step, padded to the compiled shape: d decodes, and in for each new sequence;",
+    "  a replica starts a Poisson number of them about n / out, and that with most sets the shape",
     "dense(t) = max(t x FLOPs / (FLOP/s), layer bytes / memory bandwidth) x measured / roofline",
     "attention = d (in + out/2) KV bytes / decode bandwidth",
-    "  + (t - d) 2 heads head_dim in / (prefill FLOP/s) + KV update",
+    "  + d in/out 2 heads head_dim in / (prefill FLOP/s) + KV update",
     "reductions, with TP > 1 = 2 (2 (TP-1)/TP x t x hidden bytes / link + latency)",
     "replicated: a layer takes dense(t) + attention + reductions",
     "was: a fetch (layer bytes / link) rides under the dense part of the layers before it, and the",
@@ -56,7 +57,7 @@ FORMULA = (
     "  + reductions; pool - 1 more of them fill and drain a step",
     "head = dense part of the vocabulary for all rows + exchange of activations and logits",
     "  + 4 passes over the logits",
-    "output tokens/s = replicas x n x out / (f full steps + (out - f) others)",
+    "output tokens/s = replicas x d / mean time of a step",
     "not counted: the host, preemption, ramp and tail of a job",
 )
 """The throughput estimate in words, as it is printed below the tables."""
@@ -276,18 +277,31 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class StepShape:
+    """A compiled shape that steps run in.
+
+    Attributes:
+        tokens: Tokens of one replica, as padded.
+        share: Share of the steps.
+        mode: The mode that the policy picks for it.
+        seconds: Time of such a step.
+    """
+
+    tokens: int
+    share: float
+    mode: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Throughput:
     """The steady state of a job, estimated; see ``FORMULA``.
 
     Attributes:
-        concurrency: Sequences that one replica's KV cache has room for.
+        concurrency: Sequences that one replica's KV cache has room for, without preemption.
         running: Sequences that one replica runs at a time.
         limit: What bounds them, or the tokens of a step.
-        full_share: Share of the steps that are full, as they prefill.
-        step_tokens: Tokens of one replica in a step without prefill, as padded; in a full one where
-            all are full.
-        mode: The mode that the policy picks for such a step.
-        full_mode: The mode that it picks for a full one.
+        shapes: What steps look like, ascending in tokens.
         step_seconds: Time of a step, on average.
         output_tokens_per_second: Of all replicas together.
         requests_per_second: Of all replicas together.
@@ -296,10 +310,7 @@ class Throughput:
     concurrency: int
     running: int
     limit: str
-    full_share: float
-    step_tokens: int
-    mode: str
-    full_mode: str
+    shapes: tuple[StepShape, ...]
     step_seconds: float
     output_tokens_per_second: float
     requests_per_second: float
@@ -309,49 +320,79 @@ def throughput(
     setting: Setting, candidate: Candidate, held: Memory, workload: Workload
 ) -> Throughput:
     """Estimates the steady state of a job on a configuration that fits."""
-    page, budget = setting.page_size, candidate.max_num_batched_tokens
-    concurrency = held.kv_tokens // (ceil(workload.mean_length / page) * page)
+    budget = candidate.max_num_batched_tokens
+    concurrency = _concurrency(setting, held.kv_tokens, workload)
     running = max(1, min(concurrency, candidate.max_num_seqs))
     limit = "KV cache" if running == concurrency else "max_num_seqs"
-    decodes, steps = float(running), workload.output
-    full = running * workload.prompt / (budget - running) if running < budget else float("inf")
-    if full >= steps:  # all steps are full, and decode takes its share of them
-        full, limit = float(steps), "max_num_batched_tokens"
-        decodes = min(decodes, budget / (1 + workload.prompt / workload.output))
+    decodes = budget / (1 + workload.prompt / workload.output)
+    if decodes <= running:  # all steps are full, and decode takes its share of them
+        shares, limit = {budget: 1.0}, "max_num_batched_tokens"
+    else:
+        decodes, shares = float(running), _shares(candidate, running, workload)
     policy = policy_of(setting, candidate)
-
-    def step(tokens: int, decodes: float, prefilled: float) -> tuple[str, float]:
+    # A prompt's tokens attend to half of it, on average.
+    pairs = decodes * workload.prompt / workload.output * workload.prompt / 2
+    shapes = []
+    for tokens, share in sorted(shares.items()):
         mode = policy.best(tokens)
-        # A prompt's tokens attend to half of it, on average.
-        pairs = prefilled * workload.prompt / 2
-        attention = attention_seconds(
-            setting,
-            candidate,
-            tokens,
-            decodes * workload.mean_length,
-            [(pairs, workload.prompt)] if pairs else [],
-        )
-        return mode, step_seconds(setting, candidate, policy, mode, tokens, attention)
-
-    full_mode, seconds = step(budget, decodes, budget - decodes)
-    mode, tokens, total = full_mode, budget, full * seconds
-    if full < steps:
-        tokens = bucket(candidate, ceil(decodes))
-        mode, seconds = step(tokens, decodes, 0.0)
-        total += (steps - full) * seconds
-    rate = candidate.num_replicas * decodes * steps / total
+        read = decodes * workload.mean_length
+        chunks = [(pairs, workload.prompt)]
+        attention = attention_seconds(setting, candidate, tokens, read, chunks)
+        seconds = step_seconds(setting, candidate, policy, mode, tokens, attention)
+        shapes.append(StepShape(tokens, share, mode, seconds))
+    mean = sum(shape.share * shape.seconds for shape in shapes)
+    rate = candidate.num_replicas * decodes / mean
     return Throughput(
-        concurrency,
-        running,
-        limit,
-        full / steps,
-        tokens,
-        mode,
-        full_mode,
-        total / steps,
-        rate,
-        rate / workload.output,
+        concurrency, running, limit, tuple(shapes), mean, rate, rate / workload.output
     )
+
+
+def _concurrency(setting: Setting, kv_tokens: int, workload: Workload) -> int:
+    """Sequences that a replica's cache holds with two standard deviations to spare.
+
+    They are in all stages of their outputs, uniformly. With more of them the cache would run over
+    again and again, and what is preempted is computed twice.
+    """
+    page = setting.page_size
+    mean = ceil(workload.mean_length / page) * page
+    spread = 2 * workload.output / sqrt(12)
+    # n mean + sqrt(n) spread = tokens, solved for sqrt(n)
+    root = (sqrt(spread**2 + 4 * mean * kv_tokens) - spread) / (2 * mean)
+    return max(int(root**2), kv_tokens // (workload.prompt + workload.output + page))
+
+
+def _shares(candidate: Candidate, running: int, workload: Workload) -> dict[int, float]:
+    """Share of the steps by their tokens as padded, where not all are full.
+
+    In each step every replica starts a new sequence for each one that ended, a number that is
+    Poisson distributed about running / output; the replica of a pool that prefills most decides the
+    shape. What the budget has no room for waits for the next steps, which are full then.
+    """
+    room = candidate.max_num_batched_tokens - running
+    starts, most = running / workload.output, room // workload.prompt
+    # Of so many prompts in a step: the probability of at most that many, and their mean.
+    below, mean, probability, total = {}, 0.0, exp(-starts), 0.0
+    for count in range(most):
+        total += probability
+        below[count * workload.prompt] = total
+        mean += count * probability
+        probability *= starts / (count + 1)
+    # As many prompts as arrive have to be computed: so many steps more are full.
+    whole = room / workload.prompt
+    mean += (1 - total) * (most or whole)
+    full = min(1.0, max(0.0, (starts - mean) / (whole - mean))) if most else 0.0
+    below = {tokens: (1 - full) * probability for tokens, probability in below.items()}
+    if not most:
+        below[0] = max(0.0, 1 - starts / whole)
+    below[room] = 1.0
+    shares: dict[int, float] = {}
+    before = 0.0
+    for prefilled, probability in below.items():
+        tokens = bucket(candidate, running + prefilled)
+        until = probability**candidate.pool_size
+        shares[tokens] = shares.get(tokens, 0.0) + until - before
+        before = until
+    return {tokens: share for tokens, share in shares.items() if share > 1e-3}
 
 
 def policy_of(setting: Setting, candidate: Candidate) -> Policy:

@@ -13,6 +13,7 @@ from rich.table import Table
 from sidp_jax.config import ConfigError
 
 _PLAIN_WIDTH = 110
+_MOST_SHAPES = 3
 _PARTS = {
     "weights": "weights",
     "layer_buffers": "layer buffers",
@@ -186,15 +187,18 @@ def _throughput(plan: dict[str, Any]) -> Table:
             "max_num_batched_tokens": chosen("max_num_batched_tokens"),
             "sequences per replica": number("running"),
             "bounded by": _speed(lambda _, speed: speed["limit"]),
-            "steps filled with prefill": _speed(lambda _, speed: f"{speed['full_share']:.0%}"),
-            "their mode": _speed(lambda _, speed: speed["full_mode"]),
-            "tokens of another step, padded": number("step_tokens"),
-            "its mode": _speed(lambda _, speed: speed["mode"]),
+            "steps by their tokens, padded": _speed(lambda _, speed: _shapes(speed)),
             "mean step, ms": number("step_seconds", scale=1e3, digits=1),
             "output tokens/s, all GPUs": number("output_tokens_per_second"),
             "requests/s, all GPUs": number("requests_per_second", digits=2),
         },
     )
+
+
+def _shapes(speed: dict[str, Any]) -> str:
+    """Shapes of the steps, the most frequent ones first, a line each."""
+    shapes = sorted(speed["shapes"], key=lambda shape: -shape["share"])[:_MOST_SHAPES]
+    return "\n".join(f"{s['tokens']:,}: {s['share']:.0%} {s['mode']}" for s in shapes)
 
 
 def _speed(show: Callable[[_Option, dict[str, Any]], str]) -> Callable[[_Option], str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 
@@ -28,6 +28,9 @@ SEQS_LADDER = (64, 128, 256, 512, 1024, 2048)
 BUDGET_LADDER = (2048, 4096, 8192, 16384)
 RESIDENT_STEPS = 10
 """Shares of resident layers that the search tries."""
+
+_BUDGET_MARGINS = (1.03, 1.15)
+_BUDGET_STEP = 128
 
 _MOST_TOKENS = 1 << 18
 """Beyond this many tokens per replica and step no mode is looked for."""
@@ -116,7 +119,36 @@ def _step_sizes() -> Iterator[tuple[int, int]]:
 
 
 def best(setting: Setting, candidates: Iterable[Candidate], workload: Workload) -> Option | None:
-    """The candidate of most throughput, the simplest of equals; None where none fits."""
-    options = (evaluate(setting, candidate, workload) for candidate in candidates)
-    fitting = [option for option in options if option.speed is not None]
-    return max(fitting, key=lambda o: o.speed.output_tokens_per_second, default=None)
+    """The candidate of most throughput, the simplest of equals; None where none fits.
+
+    Each that fits is also tried in steps fitted to the workload, see ``_fitted``.
+    """
+    fitting = []
+    for candidate in candidates:
+        option = evaluate(setting, candidate, workload)
+        if option.speed is None:
+            continue
+        fitting.append(option)
+        fitting += (
+            evaluate(setting, fitted, workload)
+            for fitted in _fitted(candidate, option.speed.running, workload)
+        )
+    fits = [option for option in fitting if option.speed is not None]
+    return max(fits, key=lambda o: o.speed.output_tokens_per_second, default=None)
+
+
+def _fitted(candidate: Candidate, running: int, workload: Workload) -> Iterator[Candidate]:
+    """The candidate with no more sequences than the cache holds, and with steps of even size.
+
+    What holds more sequences than it has pages for preempts them, and reserves more for sampling.
+    Where the budget of a step is little more than the mean load, every step prefills as much: the
+    shapes are full, and no replica of a pool waits for another one's prompt.
+    """
+    if running < candidate.max_num_seqs:
+        candidate = replace(candidate, max_num_seqs=running)
+        yield candidate
+    load = running * (1 + workload.prompt / workload.output)
+    for margin in _BUDGET_MARGINS:
+        budget = ceil(load * margin / _BUDGET_STEP) * _BUDGET_STEP
+        if candidate.max_num_seqs <= budget < candidate.max_num_batched_tokens:
+            yield replace(candidate, max_num_batched_tokens=budget)

@@ -19,6 +19,8 @@ from sidp_jax.estimate import (
     Candidate,
     Setting,
     Workload,
+    _concurrency,
+    _shares,
     activation_bytes,
     attention_seconds,
     bucket,
@@ -87,7 +89,8 @@ def full():
         "for line in json.loads(sys.argv[1]): plan.main(line)\n"
         "sys.exit('jax' in sys.modules)"
     )
-    lines = [arguments("--json"), arguments("--json", model="llama3.1_70b", hardware="h100")]
+    pays = arguments("--json", "workload=1024,64", model="llama3.1_70b", hardware="h100")
+    lines = [arguments("--json"), pays]
     command = [sys.executable, "-c", code, json.dumps(lines)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"planning must not import jax; {done.stderr}"
@@ -300,27 +303,72 @@ def test_throughput_names_what_bounds_it():
     assert limit().limit == "max_num_seqs"
     assert limit().running == 256
     assert limit(max_num_seqs=1024).limit == "KV cache"
-    assert limit(max_num_batched_tokens=512).limit == "max_num_batched_tokens"
-    assert limit(max_num_batched_tokens=512).full_share == 1
+    full = limit(max_num_batched_tokens=512)
+    assert full.limit == "max_num_batched_tokens"
+    assert [(shape.tokens, shape.share) for shape in full.shapes] == [(512, 1.0)]
     tail = evaluate(where, candidate(max_num_seqs=4), Workload(1, 8000)).speed
-    assert tail.mode == CAS, "as the policy would"
+    assert {shape.mode for shape in tail.shapes} == {CAS}, "as the policy would"
     assert tail.requests_per_second * 8000 == pytest.approx(tail.output_tokens_per_second)
 
 
 def test_throughput_is_that_of_the_steps_it_is_made_of():
     where, ours, work = setting(), candidate(), Workload(1024, 256)
     speed = evaluate(where, ours, work).speed
-    full = 256 * 1024 / (4096 - 256)
-    assert speed.full_share == pytest.approx(full / 256)
     policy = policy_of(where, ours)
-    assert (speed.mode, speed.full_mode) == (policy.best(256), policy.best(4096))
-    pairs = (4096 - 256) * 512.0
-    attention = attention_seconds(where, ours, 4096, 256 * 1152, [(pairs, 1024)])
-    total = full * step_seconds(where, ours, policy, speed.full_mode, 4096, attention)
-    attention = attention_seconds(where, ours, 256, 256 * 1152, [])
-    total += (256 - full) * step_seconds(where, ours, policy, speed.mode, 256, attention)
-    assert speed.output_tokens_per_second == pytest.approx(8 * 256 * 256 / total)
+    mean = 0.0
+    for step in speed.shapes:
+        assert step.mode == policy.best(step.tokens)
+        pairs = 256 * 1024 / 256 * 512
+        attention = attention_seconds(where, ours, step.tokens, 256 * 1152, [(pairs, 1024)])
+        seconds = step_seconds(where, ours, policy, step.mode, step.tokens, attention)
+        assert step.seconds == pytest.approx(seconds)
+        mean += step.share * seconds
+    assert speed.output_tokens_per_second == pytest.approx(8 * 256 / mean)
     assert bucket(ours, 257) == 512
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "running", "pool", "budget"),
+    [
+        (1024, 256, 256, 8, 4096),
+        (128, 1024, 256, 4, 4096),
+        (9000, 300, 64, 1, 4096),
+        (2048, 64, 64, 2, 2176),
+        (128, 64, 512, 2, 2048),
+    ],
+)
+def test_steps_have_the_shapes_of_a_queue_of_prompts(prompt, output, running, pool, budget):
+    ours = candidate(pool, max_num_seqs=running, max_num_batched_tokens=budget)
+    shares = _shares(ours, running, Workload(prompt, output))
+    rng, waiting, room = np.random.default_rng(0), np.zeros(pool), budget - running
+    tokens = []
+    for _ in range(5000):
+        waiting += rng.poisson(running / output, pool) * prompt
+        prefilled = np.minimum(waiting, room)
+        waiting -= prefilled
+        tokens.append(bucket(ours, running + int(prefilled.max())))
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+    estimated = sum(size * share for size, share in shares.items())
+    assert estimated == pytest.approx(np.mean(tokens), rel=0.05)
+    most = max(shares, key=shares.get)
+    assert shares[most] == pytest.approx(np.mean(np.array(tokens) == most), abs=0.08)
+
+
+def test_the_cache_holds_its_sequences_with_some_to_spare():
+    held, work = 300_000, Workload(1024, 1024)
+    running = _concurrency(setting(), held, work)
+    rng = np.random.default_rng(0)
+    needed = (1024 + rng.random((2000, running)) * 1024).sum(1)
+    assert 0.9 < (needed < held).mean() < 1
+    assert _concurrency(setting(), held, Workload(30_000, 1)) == 9, "their lengths hardly vary"
+
+
+def test_the_search_admits_no_more_than_the_cache_holds():
+    work = Workload(1024, 8000)
+    wide = candidate(max_num_seqs=2048, modes=(WAS,))
+    assert evaluate(setting(max_model_len=9024), wide, work).speed.limit == "KV cache"
+    found = best(setting(max_model_len=9024), [wide], work)
+    assert found.candidate.max_num_seqs == found.speed.running < 2048
 
 
 def test_the_search_tries_every_way_to_use_the_node():

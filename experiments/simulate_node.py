@@ -1,0 +1,410 @@
+r"""Simulate jobs on a node of eight GPUs that is not there: is pooling worth it, and where?
+
+    python experiments/simulate_node.py --model experiments/shapes/qwen2.5_72b --hardware h200 \
+        --case 3000,1024,256 --case 2000,512-2048,100-900 --case @lens.json
+    python experiments/simulate_node.py --grid --out experiments/results/simulated_node.json
+    python experiments/simulate_node.py --figures docs/figures --out ...   # from that file
+    python experiments/simulate_node.py --validate experiments/results/offline.json
+
+Each job is replayed by the real scheduler, page allocator and policy (``node_simulator``) for
+plain data parallelism, every DP x TP, WaS alone, CaS alone and ``auto``, each in the configuration
+that the plan estimates to be best for the job's mean lengths. ``auto`` is what the plan recommends,
+which may be not to pool. ``--validate`` compares with whole jobs measured by ``bench_offline.py``.
+Every figure is simulated, from a hardware profile; the profile says what of it was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from node_simulator import Lengths, Simulated, simulate
+from node_tables import draw_figures, print_tables
+
+from sidp_jax.config import EngineConfig, load_config
+from sidp_jax.estimate import Candidate, Setting, Workload, memory
+from sidp_jax.hardware import as_values, load_profile
+from sidp_jax.models.config import ModelConfig
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
+from sidp_jax.plan import WORTHWHILE
+from sidp_jax.plan_search import Option, best, plain_candidates, pooled_candidates, tensor_sizes
+from sidp_jax.settle import DTYPE_BYTES, longest_sequence, make_policy
+
+GPUS, PAGE_SIZE, UTILIZATION = 8, 64, 0.92
+HARDWARE = ("h20", "h200", "b200")
+MODELS = ("qwen3_32b", "qwen2.5_72b", "llama3.1_70b")
+PROMPTS, OUTPUTS = (128, 2048, 32768), (64, 1024, 16384)
+ROUNDS = 4
+"""Requests of a simulated job, as a multiple of the sequences that run at a time."""
+
+MOST_REQUESTS, LEAST_ROUNDS = 8000, 2
+"""Where the rounds would be more requests than that, there are fewer of them, but two at least."""
+
+SPREAD = 0.5
+"""Outputs of a simulated job are uniform within this share of their mean."""
+
+TABLE_SEQS, TABLE_BUDGET = 256, 2048
+"""Sizes of a step in the table of KV capacity."""
+
+_SHAPES = Path(__file__).parent / "shapes"
+
+
+def parse_job(text: str) -> Lengths:
+    """The (prompt, output) lengths of a job.
+
+    Args:
+        text: ``N,IN,OUT``, where IN and OUT may be ranges ``LOW-HIGH`` to draw from uniformly, or
+            ``@file`` with a list of ``[in, out]`` pairs.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if text.startswith("@"):
+        return [(int(i), int(o)) for i, o in json.loads(Path(text[1:]).read_text())]
+    try:
+        count, *ranges = text.split(",")
+        prompt, output = ([int(part) for part in r.split("-")] for r in ranges)
+        rng = random.Random(text)
+        return [
+            (rng.randint(prompt[0], prompt[-1]), rng.randint(output[0], output[-1]))
+            for _ in range(int(count))
+        ]
+    except ValueError:
+        raise ValueError(f"case {text!r} must be N,IN,OUT, N,LOW-HIGH,LOW-HIGH or @file") from None
+
+
+def mean_workload(lengths: Lengths) -> Workload:
+    """What the plan is told of a job."""
+    count = len(lengths)
+    return Workload(
+        ceil(sum(prompt for prompt, _ in lengths) / count),
+        ceil(sum(output for _, output in lengths) / count),
+    )
+
+
+def make_setting(model: ModelConfig, hardware: str, longest: int) -> Setting:
+    """A node's GPU with room for sequences of so many tokens."""
+    length = ceil(longest / PAGE_SIZE) * PAGE_SIZE
+    return Setting(model, load_profile(hardware), 2, PAGE_SIZE, length, UTILIZATION)
+
+
+def choose(setting: Setting, workload: Workload) -> dict[str, Option]:
+    """The configurations to compare, by name; what fits in no form is left out.
+
+    ``plain DP`` and ``DP x TPn`` are plain, ``was``, ``cas`` and ``pooled`` (both) are pools, and
+    ``auto`` is the best of the pools or of the plain ones, as the plan would recommend.
+    """
+    model = setting.model
+    cas = (CAS, CAS_STAGGERED) if setting.hardware.indexed_matmul_ratio else (CAS,)
+    found = {
+        "plain DP" if size == 1 else f"DP x TP{size}": best(
+            setting, plain_candidates(model, GPUS, size), workload
+        )
+        for size in tensor_sizes(model, GPUS)
+    }
+    plain = [option for option in found.values() if option is not None]
+    for name, modes in (("was", (WAS,)), ("cas", cas), ("pooled", (WAS, *cas))):
+        found[name] = best(setting, pooled_candidates(model, GPUS, modes), workload)
+    fastest = max(plain, key=_rate, default=None)
+    pool = fastest is None or _rate(found["pooled"]) > WORTHWHILE * _rate(fastest)
+    found["auto"] = found["pooled"] if pool else fastest
+    return {name: option for name, option in found.items() if option is not None}
+
+
+def _rate(option: Option | None) -> float:
+    return 0.0 if option is None else option.speed.output_tokens_per_second
+
+
+def compare(setting: Setting, lengths: Lengths) -> dict[str, Any]:
+    """Simulates a job in every configuration."""
+    workload = mean_workload(lengths)
+    return _simulate_all(setting, choose(setting, workload), workload, lengths)
+
+
+def _simulate_all(
+    setting: Setting, options: dict[str, Option], workload: Workload, lengths: Lengths
+) -> dict[str, Any]:
+    done: dict[Candidate, Simulated] = {}
+    results = {}
+    for name, option in options.items():
+        candidate = option.candidate
+        if candidate not in done:
+            pages = option.held.kv_tokens // setting.page_size
+            done[candidate] = simulate(setting, candidate, pages, lengths)
+        results[name] = _row(option, done[candidate])
+    return {
+        "prompt": workload.prompt,
+        "output": workload.output,
+        "requests": len(lengths),
+        "configurations": results,
+        **_ratios(results),
+    }
+
+
+def _row(option: Option, job: Simulated) -> dict[str, Any]:
+    chosen = option.candidate
+    return {
+        "pools": chosen.pools,
+        "pool_size": chosen.pool_size,
+        "tensor_parallel_size": chosen.tensor_size,
+        "resident_layers": chosen.resident_layers,
+        "max_num_seqs": chosen.max_num_seqs,
+        "max_num_batched_tokens": chosen.max_num_batched_tokens,
+        "kv_tokens_per_gpu": option.held.kv_tokens / chosen.tensor_size,
+        "output_tokens_per_s": job.steady_output_tokens_per_second,
+        "whole_job_output_tokens_per_s": job.output_tokens_per_second,
+        "whole_job_s": job.seconds,
+        "planned_output_tokens_per_s": option.speed.output_tokens_per_second,
+        "steps": dict(job.steps),
+        "switches": len(job.switches),
+        "preemptions": job.preemptions * chosen.pools,
+        "sequences_per_replica": job.peak_running,
+    }
+
+
+def _ratios(results: dict[str, Any]) -> dict[str, float | str | None]:
+    """``auto`` and the pool beside plain configurations, in the steady state and over the job."""
+    plain = {name: row for name, row in results.items() if _is_plain(name)}
+    ratios: dict[str, float | str | None] = {}
+    for label, key in (("", "output_tokens_per_s"), ("_whole", "whole_job_output_tokens_per_s")):
+        rates = {name: row[key] for name, row in plain.items()}
+        fastest = max(rates, key=rates.get, default=None)
+        for ours in ("auto", "pooled", "was", "cas"):
+            rate = results[ours][key] if ours in results else None
+            same = _same_tp(results, ours, rates)
+            for other, value in (
+                ("best_plain", rates.get(fastest)),
+                ("plain_dp", rates.get("plain DP")),
+                ("same_tp", same),
+            ):
+                ratios[f"{ours}_over_{other}{label}"] = rate / value if rate and value else None
+        ratios[f"best_plain{label}"] = fastest
+    return ratios
+
+
+def _is_plain(name: str) -> bool:
+    return name.startswith(("plain", "DP"))
+
+
+def _same_tp(results: dict[str, Any], ours: str, rates: dict[str, float]) -> float | None:
+    """Rate of the plain configuration whose replicas have as many devices."""
+    if ours not in results:
+        return None
+    size = results[ours]["tensor_parallel_size"]
+    return rates.get("plain DP" if size == 1 else f"DP x TP{size}")
+
+
+def grid_lengths(options: dict[str, Option], prompt: int, output: int) -> Lengths:
+    """A job long enough to show a steady state: some rounds of what runs at a time."""
+    running = max(o.candidate.num_replicas * o.speed.running for o in options.values())
+    rng = random.Random(prompt * output)
+    low, high = int(output * (1 - SPREAD)), int(output * (1 + SPREAD))
+    count = min(ROUNDS * running, max(MOST_REQUESTS, LEAST_ROUNDS * running))
+    return [(prompt, rng.randint(low, high)) for _ in range(count)]
+
+
+def run_grid(
+    hardware: Sequence[str], models: Sequence[str], report: dict[str, Any]
+) -> Iterator[None]:
+    """Simulates every workload on every node; the report grows by one at each turn.
+
+    Nodes that the report already has with all of their workloads are left as they are.
+    """
+    for name, shape in product(hardware, models):
+        model = ModelConfig.from_pretrained(_SHAPES / shape)
+        node = report["nodes"].setdefault(f"{GPUS} x {name}, {shape}", {"workloads": []})
+        node["kv_capacity"] = kv_capacity(model, name)
+        have = {(work["prompt"], work["output"]) for work in node["workloads"]}
+        for prompt, output in product(PROMPTS, OUTPUTS):
+            if (prompt, output) in have:
+                continue
+            setting = make_setting(model, name, prompt + int(output * (1 + SPREAD)))
+            options = choose(setting, Workload(prompt, output))
+            lengths = grid_lengths(options, prompt, output)
+            node["workloads"].append(
+                _simulate_all(setting, options, Workload(prompt, output), lengths)
+            )
+            yield
+
+
+def kv_capacity(model: ModelConfig, hardware: str) -> list[dict[str, Any]]:
+    """KV tokens per GPU of plain replicas and of a pool of all of them, by tensor parallel size."""
+    setting = make_setting(model, hardware, 2 * PAGE_SIZE)
+    staggered = setting.hardware.indexed_matmul_ratio
+    modes = (WAS, CAS, CAS_STAGGERED) if staggered else (WAS, CAS)
+    rows = []
+    for size in tensor_sizes(model, GPUS):
+        replicas = GPUS // size
+        sizes = TABLE_SEQS, TABLE_BUDGET
+        plain = Candidate(1, size, replicas, model.num_layers, (REPLICATED,), *sizes)
+        tokens = {"plain": memory(setting, plain)}
+        if replicas > 1:
+            tokens["pooled"] = memory(setting, Candidate(replicas, size, 1, 0, modes, *sizes))
+        per_gpu = {name: held.kv_tokens / size if held.fits else 0 for name, held in tokens.items()}
+        rows.append({"tensor_parallel_size": size, **per_gpu})
+    return rows
+
+
+def validate(path: Path) -> list[dict[str, Any]]:
+    """Simulates the jobs of a report of ``bench_offline.py`` and compares their time.
+
+    The configuration is that of the report's command, the pages those of its cache.
+
+    Raises:
+        ValueError: The report names no configuration, or a model that cannot be read.
+    """
+    report = json.loads(path.read_text())
+    config = _config_of(report["command"])
+    hardware = load_profile(config.hardware if config.hardware != "auto" else _profile_of(report))
+    model = ModelConfig.from_pretrained(config.model_path)
+    setting = Setting(
+        model,
+        hardware,
+        DTYPE_BYTES[config.dtype],
+        config.page_size,
+        longest_sequence(config, model),
+        config.gpu_memory_utilization,
+    )
+    policy = make_policy(config, model, hardware)
+    candidate = Candidate(
+        config.pool_size,
+        config.tensor_parallel_size,
+        1,
+        policy.resident_layers,
+        policy.modes,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+    )
+    pages = report["kv_tokens"] // config.pool_size // config.page_size
+    rows = []
+    for name, measured in report["cases"].items():
+        job = simulate(setting, candidate, pages, parse_job(name))
+        rows.append(
+            {
+                "case": name,
+                "measured_s": measured["wall_s"],
+                "simulated_s": job.seconds,
+                "ratio": job.seconds / measured["wall_s"],
+                "measured_steps": measured.get("steps"),
+                "simulated_steps": sum(job.steps.values()),
+            }
+        )
+    return rows
+
+
+def _config_of(command: str) -> EngineConfig:
+    """The configuration that a command of ``bench_offline.py`` ran with."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*")
+    words = shlex.split(command)
+    start = next((i for i, word in enumerate(words) if word.endswith("bench_offline.py")), None)
+    if start is None:
+        raise ValueError(f"command={command!r} is not one of bench_offline.py")
+    known, rest = parser.parse_known_args(words[start + 1 :])
+    overrides = [word for word in (*known.overrides, *rest) if "=" in word and word[0] != "-"]
+    return load_config(known.config, overrides)
+
+
+def _profile_of(report: dict[str, Any]) -> str:
+    """The profile of the GPU that a report names."""
+    from sidp_jax.hardware import profile_for
+
+    kind = report["what"].removeprefix("measured on one ").partition(",")[0]
+    return profile_for(kind, "cpu" if kind == "cpu" else "gpu")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Simulates what is asked for, prints tables and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=_SHAPES / "qwen2.5_72b")
+    parser.add_argument("--hardware", action="append", help="profile; with --grid, several")
+    parser.add_argument("--models", action="append", help="with --grid: folders of shapes")
+    parser.add_argument("--case", action="append", default=[], metavar="N,IN,OUT")
+    parser.add_argument("--grid", action="store_true", help="every workload, GPU and model")
+    parser.add_argument("--out", type=Path, help="JSON; an interrupted grid goes on from it")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="PNGs of --out; extra plot")
+    parser.add_argument("--validate", type=Path, metavar="REPORT.json")
+    arguments = parser.parse_args(argv)
+    if arguments.validate:
+        _print_validation(arguments.validate, arguments.out)
+    elif arguments.grid:
+        report = _new_report()
+        if arguments.out.is_file():
+            report = json.loads(arguments.out.read_text()) | {"date": report["date"]}
+        names, models = arguments.hardware or HARDWARE, arguments.models or MODELS
+        for _ in run_grid(names, models, report):
+            report["profiles"] = {name: as_values(load_profile(name)) for name in names}
+            _write(arguments.out, report)
+        print_tables(report)
+    elif arguments.case:
+        report = _new_report()
+        model = ModelConfig.from_pretrained(arguments.model)
+        for name in arguments.hardware or ["h200"]:
+            report["profiles"][name] = as_values(load_profile(name))
+            jobs = [parse_job(case) for case in arguments.case]
+            settings = [make_setting(model, name, max(map(sum, job))) for job in jobs]
+            report["nodes"][f"{GPUS} x {name}, {arguments.model.name}"] = {
+                "kv_capacity": kv_capacity(model, name),
+                "workloads": [compare(s, job) for s, job in zip(settings, jobs, strict=True)],
+            }
+        print_tables(report)
+        if arguments.out:
+            _write(arguments.out, report)
+    if arguments.figures:
+        draw_figures(json.loads(arguments.out.read_text()), arguments.figures)
+
+
+def _new_report() -> dict[str, Any]:
+    return {
+        "what": "simulated; nothing here was measured by this command",
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "notes": [
+            f"{GPUS} GPUs, bf16, pages of {PAGE_SIZE}, {UTILIZATION} of memory.",
+            "Every configuration is the one that the plan estimates to be best for the workload.",
+            f"Grid: {ROUNDS} rounds of the most sequences that any of them runs at a time, or down "
+            f"to {LEAST_ROUNDS} where that is over {MOST_REQUESTS:,} requests; outputs are uniform "
+            f"within {SPREAD:.0%} of their mean.",
+            "output_tokens_per_s: from a quarter to three quarters of the output, without ramp and "
+            "tail; whole_job_... are with them.",
+            "Where prompt and output are longer than the model's own positions, its shapes are "
+            "taken all the same.",
+        ],
+        "profiles": {},
+        "nodes": {},
+    }
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _print_validation(path: Path, out: Path | None) -> None:
+    started = time.perf_counter()
+    rows = validate(path)
+    print(f"simulated beside measured ({path}):")
+    for row in rows:
+        print(
+            f"{row['case']}: measured {row['measured_s']:.1f} s, simulated "
+            f"{row['simulated_s']:.1f} s, ratio {row['ratio']:.3f}; steps {row['measured_steps']} "
+            f"and {row['simulated_steps']}"
+        )
+    print(f"({time.perf_counter() - started:.1f} s)")
+    if out:
+        _write(out, _new_report() | {"measured": str(path), "cases": rows})
+
+
+if __name__ == "__main__":
+    main()

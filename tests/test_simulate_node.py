@@ -1,0 +1,212 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidp_jax import plan_search
+from sidp_jax.estimate import Candidate, Setting, Workload, attention_seconds, step_seconds
+from sidp_jax.hardware import load_profile
+from sidp_jax.models.config import ModelConfig
+from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
+from sidp_jax.plan import WORTHWHILE
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.append(str(EXPERIMENTS))
+
+import node_simulator  # noqa: E402
+import node_tables  # noqa: E402
+import simulate_node  # noqa: E402
+from node_simulator import PoolSimulator, simulate  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """A search of few configurations: the type checks make it slow here."""
+    monkeypatch.setattr(plan_search, "SEQS_LADDER", (64, 1024))
+    monkeypatch.setattr(plan_search, "BUDGET_LADDER", (2048,))
+    monkeypatch.setattr(plan_search, "RESIDENT_STEPS", 1)
+
+
+def setting(model="qwen2.5_72b", hardware="h200", longest=4096, page_size=64):
+    shape = ModelConfig.from_pretrained(EXPERIMENTS / "shapes" / model)
+    return Setting(shape, load_profile(hardware), 2, page_size, longest, 0.92)
+
+
+def candidate(pool=2, modes=(WAS, CAS, CAS_STAGGERED), seqs=8, budget=64, **changes):
+    resident = 80 if modes == (REPLICATED,) else 0
+    values = {"pools": 1, "tensor_size": 1, "resident_layers": resident} | changes
+    return Candidate(
+        pool_size=pool, modes=modes, max_num_seqs=seqs, max_num_batched_tokens=budget, **values
+    )
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 60)), min_size=1, max_size=30)
+
+
+@given(LENGTHS, st.integers(1, 3), st.integers(1, 9), st.integers(40, 120))
+@settings(max_examples=60)
+def test_skipping_repeated_steps_changes_nothing(lengths, pool, seqs, pages):
+    where = setting(page_size=4, longest=150)
+    ours = candidate(pool, seqs=seqs, budget=32)
+    fast, slow = (simulate(where, ours, pages, lengths, skip=skip) for skip in (True, False))
+    assert slow.planned == sum(slow.steps.values())
+    assert fast.planned <= slow.planned
+    assert fast.seconds == pytest.approx(slow.seconds)
+    assert fast.steps == slow.steps
+    assert fast.preemptions == slow.preemptions
+    assert [str(s).partition(": ")[2] for s in fast.switches] == [
+        str(s).partition(": ")[2] for s in slow.switches
+    ]
+
+
+def test_long_decodes_are_planned_in_few_steps():
+    job = simulate(setting(), candidate(), 200, [(8, 2000)] * 4)
+    assert sum(job.steps.values()) > 1999
+    assert job.planned < 40
+    assert job.output_tokens == 8000
+
+
+def test_a_job_takes_the_time_of_its_steps():
+    """One request of 100 and 3 tokens, in chunks of 64: two prefill steps and two decodes."""
+    where, ours = setting(), candidate(1, (REPLICATED,))
+    job = simulate(where, ours, 10, [(100, 3)])
+    policy = PoolSimulator(where, ours, 10, []).policy
+    chunks = [(64, 0, [(64 * 65 // 2, 64)]), (64, 0, [(36 * 64 + 36 * 37 // 2, 100)])]
+    steps = [*chunks, (16, 101, []), (16, 102, [])]
+    expected = sum(
+        step_seconds(where, ours, policy, REPLICATED, tokens, attention_seconds(where, ours, *work))
+        for tokens, *work in ((tokens, tokens, read, chunk) for tokens, read, chunk in steps)
+    )
+    assert job.seconds == pytest.approx(expected)
+    assert job.steps == {REPLICATED: 4}
+
+
+def test_a_pool_waits_for_its_slowest_replica():
+    where, ours = setting(), candidate(2, (REPLICATED,))
+    mixed, long, short = (
+        simulate(where, ours, 60, [(first, 40), (second, 40)]).seconds
+        for first, second in ((60, 1), (60, 60), (1, 1))
+    )
+    assert mixed == pytest.approx(long)
+    assert mixed > short
+
+
+def test_pools_share_the_job():
+    where = setting()
+    one = simulate(where, candidate(2), 100, [(20, 30)] * 10)
+    two = simulate(where, candidate(2, pools=2), 100, [(20, 30)] * 20)
+    assert two.seconds == pytest.approx(one.seconds)
+    assert two.output_tokens == 2 * one.output_tokens
+    assert two.steady_output_tokens_per_second == pytest.approx(
+        2 * one.steady_output_tokens_per_second
+    )
+
+
+def test_modes_follow_the_batch():
+    job = simulate(setting(), candidate(8, seqs=256, budget=2048), 400, [(2000, 20)] * 16)
+    assert set(job.steps) == {WAS, CAS}
+    assert len(job.switches) == 1
+    assert (job.switches[0].old, job.switches[0].new) == (WAS, CAS)
+
+
+def test_cases_are_counts_ranges_or_files(tmp_path):
+    assert simulate_node.parse_job("3,10,20") == [(10, 20)] * 3
+    drawn = simulate_node.parse_job("200,5-9,1-3")
+    assert {p for p, _ in drawn} == set(range(5, 10))
+    assert {o for _, o in drawn} == {1, 2, 3}
+    assert simulate_node.parse_job("200,5-9,1-3") == drawn
+    (tmp_path / "lens.json").write_text("[[4, 5], [6, 7]]")
+    assert simulate_node.parse_job(f"@{tmp_path / 'lens.json'}") == [(4, 5), (6, 7)]
+    with pytest.raises(ValueError, match="case '3,4' must be N,IN,OUT"):
+        simulate_node.parse_job("3,4")
+
+
+def test_auto_is_what_the_plan_recommends():
+    for hardware, prompt, output in (("h100", 128, 64), ("h200", 2048, 4096)):
+        where = setting(hardware=hardware, longest=prompt + 2 * output)
+        options = simulate_node.choose(where, Workload(prompt, output))
+        rate = {name: o.speed.output_tokens_per_second for name, o in options.items()}
+        plain = max(value for name, value in rate.items() if name.startswith(("plain", "DP")))
+        assert "plain DP" not in rate, "one GPU holds no copy"
+        if rate["pooled"] > WORTHWHILE * plain:
+            assert options["auto"] == options["pooled"]
+        else:
+            assert rate["auto"] == plain
+        assert rate["pooled"] >= max(rate["was"], rate["cas"])
+
+
+def test_a_grid_goes_on_where_it_was_stopped(monkeypatch):
+    monkeypatch.setattr(simulate_node, "PROMPTS", (64, 128))
+    monkeypatch.setattr(simulate_node, "OUTPUTS", (16,))
+    done = []
+
+    def fake(setting, options, workload, lengths):
+        done.append((workload.prompt, workload.output))
+        return {"prompt": workload.prompt, "output": workload.output}
+
+    monkeypatch.setattr(simulate_node, "_simulate_all", fake)
+    monkeypatch.setattr(simulate_node, "choose", lambda *_: {})
+    monkeypatch.setattr(simulate_node, "grid_lengths", lambda *_: [])
+    report = {"nodes": {}}
+    grid = simulate_node.run_grid(["h200"], ["qwen2.5_72b"], report)
+    next(grid)
+    list(simulate_node.run_grid(["h200"], ["qwen2.5_72b"], report))
+    assert done == [(64, 16), (128, 16)]
+
+
+def test_tables_and_ratios(capsys, tmp_path):
+    out = tmp_path / "job.json"
+    simulate_node.main(
+        ["--hardware", "h200", "--case", "24,100,20", "--case", "4,9,9", "--out", str(out)]
+    )
+    text = capsys.readouterr().out
+    assert "simulated" in text
+    report = json.loads(out.read_text())
+    (node,) = report["nodes"].values()
+    work = node["workloads"][0]
+    rates = {n: c["output_tokens_per_s"] for n, c in work["configurations"].items()}
+    plain = max(rates[n] for n in rates if n.startswith("DP"))
+    assert work["auto_over_best_plain"] == pytest.approx(rates["auto"] / plain)
+    size = work["configurations"]["pooled"]["tensor_parallel_size"]
+    if size > 1:
+        same = rates["pooled"] / rates[f"DP x TP{size}"]
+        assert work["pooled_over_same_tp"] == pytest.approx(same)
+    tokens = {row["tensor_parallel_size"]: row for row in node["kv_capacity"]}
+    assert tokens[1]["plain"] == 0, "72B do not fit"
+    assert 1.8 < tokens[2]["pooled"] / tokens[2]["plain"] < 1.95
+    assert "auto_over_best_plain: " in node_tables.summary(report)
+
+
+def test_validation_replays_the_measured_command(tmp_path):
+    shape = EXPERIMENTS / "shapes" / "qwen3_32b"
+    config = tmp_path / "ours.yaml"
+    config.write_text(f"model: {shape}\npool_size: 1\npage_size: 64\nmax_num_seqs: 512\n")
+    report = {
+        "what": "measured on one NVIDIA H200, pool of 1",
+        "command": f"python experiments/bench_offline.py --config {config} --case 8,64,16 "
+        "--case 4,8,8 --out x.json max_num_batched_tokens=1024 max_model_len=4096",
+        "kv_tokens": 64 * 100,
+        "cases": {"8,64,16": {"wall_s": 1.0, "steps": 17}, "4,8,8": {"wall_s": 2.0}},
+    }
+    path = tmp_path / "offline.json"
+    path.write_text(json.dumps(report))
+    first, second = simulate_node.validate(path)
+    where = setting("qwen3_32b", longest=4096)
+    ours = candidate(1, (REPLICATED,), seqs=512, budget=1024, resident_layers=64)
+    job = node_simulator.simulate(where, ours, 100, [(64, 16)] * 8)
+    assert first["simulated_s"] == pytest.approx(job.seconds)
+    assert first["ratio"] == pytest.approx(job.seconds / 1.0)
+    assert first["simulated_steps"] == 16
+    assert second["ratio"] == pytest.approx(second["simulated_s"] / 2)
+    path.write_text(json.dumps(report | {"command": "python other.py"}))
+    with pytest.raises(ValueError, match="is not one of bench_offline"):
+        simulate_node.validate(path)
+
+
+def test_figures_need_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=r"sidp-jax\[plot\]"):
+        node_tables.draw_figures({"nodes": {}}, tmp_path)
