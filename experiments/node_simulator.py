@@ -134,14 +134,14 @@ class PoolSimulator:
 
     def _collect(self, plan: StepPlan) -> int:
         """Hands the scheduler a step's tokens, as the engine does; returns how many ended."""
-        scheduler, ended = self.scheduler, 0
+        record, ended = self.scheduler.record_token, 0
         for chunks in plan.replicas:
             for sequence, _, _, samples in chunks:
                 if not samples:
                     continue
-                scheduler.record_token(sequence, 0)
+                record(sequence, 0)
                 if len(sequence.output) >= sequence.max_tokens:
-                    scheduler.finish(sequence, "length")
+                    self.scheduler.finish(sequence, "length")
                     ended += 1
         return ended
 
@@ -153,14 +153,11 @@ class PoolSimulator:
             self.result.switches.append(switch)
         attention, sampled = 0.0, 0
         for chunks in plan.replicas:
-            read, prefills = 0, []
-            for _, start, length, samples in chunks:
-                sampled += samples
-                if length == 1:
-                    read += start + 1
-                else:
-                    pairs = length * start + length * (length + 1) // 2
-                    prefills.append((pairs, start + length))
+            sampled += sum([chunk.samples for chunk in chunks])
+            read = sum([chunk.start + 1 for chunk in chunks if chunk.length == 1])
+            prefills = [
+                (n * start + n * (n + 1) // 2, start + n) for _, start, n, _ in chunks if n > 1
+            ]
             seconds = attention_seconds(self.setting, self.candidate, tokens, read, prefills)
             attention = max(attention, seconds)
         running = self.scheduler.num_running / self.candidate.pool_size

@@ -43,12 +43,17 @@ from sidp_jax.settle import DTYPE_BYTES, longest_sequence, make_policy
 GPUS, PAGE_SIZE, UTILIZATION = 8, 64, 0.92
 HARDWARE = ("h20", "h200", "b200")
 MODELS = ("qwen3_32b", "qwen2.5_72b", "llama3.1_70b")
-PROMPTS, OUTPUTS = (128, 2048, 32768), (64, 1024, 16384)
-ROUNDS = 4
+WORKLOADS = tuple(product((2048, 32768, 128), (1024, 64, 16384)))
+"""Prompt and output tokens of the grid."""
+
+ROUNDS = 2
 """Requests of a simulated job, as a multiple of the sequences that run at a time."""
 
-MOST_REQUESTS, LEAST_ROUNDS = 8000, 2
-"""Where the rounds would be more requests than that, there are fewer of them, but two at least."""
+MOST_REQUESTS = 4000
+"""Where the rounds would be more requests than that, there is only one."""
+
+PROMISING = 0.85
+"""A plain configuration whose estimate is below this share of the best one's is not simulated."""
 
 SPREAD = 0.5
 """Outputs of a simulated job are uniform within this share of their mean."""
@@ -99,7 +104,7 @@ def make_setting(model: ModelConfig, hardware: str, longest: int) -> Setting:
 
 
 def choose(setting: Setting, workload: Workload) -> dict[str, Option]:
-    """The configurations to compare, by name; what fits in no form is left out.
+    """The configurations to compare, by name; what fits in no form, or is far behind, is left out.
 
     ``plain DP`` and ``DP x TPn`` are plain, ``was``, ``cas`` and ``pooled`` (both) are pools, and
     ``auto`` is the best of the pools or of the plain ones, as the plan would recommend.
@@ -113,6 +118,8 @@ def choose(setting: Setting, workload: Workload) -> dict[str, Option]:
         for size in tensor_sizes(model, GPUS)
     }
     plain = [option for option in found.values() if option is not None]
+    least = PROMISING * max(map(_rate, plain), default=0.0)
+    found = {name: option for name, option in found.items() if _rate(option) >= least}
     for name, modes in (("was", (WAS,)), ("cas", cas), ("pooled", (WAS, *cas))):
         found[name] = best(setting, pooled_candidates(model, GPUS, modes), workload)
     fastest = max(plain, key=_rate, default=None)
@@ -209,7 +216,7 @@ def grid_lengths(options: dict[str, Option], prompt: int, output: int) -> Length
     running = max(o.candidate.num_replicas * o.speed.running for o in options.values())
     rng = random.Random(prompt * output)
     low, high = int(output * (1 - SPREAD)), int(output * (1 + SPREAD))
-    count = min(ROUNDS * running, max(MOST_REQUESTS, LEAST_ROUNDS * running))
+    count = min(ROUNDS * running, max(MOST_REQUESTS, running))
     return [(prompt, rng.randint(low, high)) for _ in range(count)]
 
 
@@ -218,23 +225,20 @@ def run_grid(
 ) -> Iterator[None]:
     """Simulates every workload on every node; the report grows by one at each turn.
 
-    Nodes that the report already has with all of their workloads are left as they are.
+    What the report already has is left as it is.
     """
-    for name, shape in product(hardware, models):
-        model = ModelConfig.from_pretrained(_SHAPES / shape)
+    shapes = {shape: ModelConfig.from_pretrained(_SHAPES / shape) for shape in models}
+    for (prompt, output), name, shape in product(WORKLOADS, hardware, models):
         node = report["nodes"].setdefault(f"{GPUS} x {name}, {shape}", {"workloads": []})
-        node["kv_capacity"] = kv_capacity(model, name)
-        have = {(work["prompt"], work["output"]) for work in node["workloads"]}
-        for prompt, output in product(PROMPTS, OUTPUTS):
-            if (prompt, output) in have:
-                continue
-            setting = make_setting(model, name, prompt + int(output * (1 + SPREAD)))
-            options = choose(setting, Workload(prompt, output))
-            lengths = grid_lengths(options, prompt, output)
-            node["workloads"].append(
-                _simulate_all(setting, options, Workload(prompt, output), lengths)
-            )
-            yield
+        node["kv_capacity"] = kv_capacity(shapes[shape], name)
+        if any((w["prompt"], w["output"]) == (prompt, output) for w in node["workloads"]):
+            continue
+        workload = Workload(prompt, output)
+        setting = make_setting(shapes[shape], name, prompt + int(output * (1 + SPREAD)))
+        options = choose(setting, workload)
+        lengths = grid_lengths(options, prompt, output)
+        node["workloads"].append(_simulate_all(setting, options, workload, lengths))
+        yield
 
 
 def kv_capacity(model: ModelConfig, hardware: str) -> list[dict[str, Any]]:
@@ -373,9 +377,10 @@ def _new_report() -> dict[str, Any]:
         "notes": [
             f"{GPUS} GPUs, bf16, pages of {PAGE_SIZE}, {UTILIZATION} of memory.",
             "Every configuration is the one that the plan estimates to be best for the workload.",
-            f"Grid: {ROUNDS} rounds of the most sequences that any of them runs at a time, or down "
-            f"to {LEAST_ROUNDS} where that is over {MOST_REQUESTS:,} requests; outputs are uniform "
-            f"within {SPREAD:.0%} of their mean.",
+            f"A plain configuration that is estimated below {PROMISING} of the best is left out.",
+            f"Grid: requests are {ROUNDS} times the most sequences that any of them runs at a time "
+            f"(once, where that is over {MOST_REQUESTS:,}); outputs are uniform within "
+            f"{SPREAD:.0%} of their mean.",
             "output_tokens_per_s: from a quarter to three quarters of the output, without ramp and "
             "tail; whole_job_... are with them.",
             "Where prompt and output are longer than the model's own positions, its shapes are "
