@@ -150,8 +150,9 @@ def _forward(
     tokens = _resolve_tokens(batch, last_tokens[0])
     scale = program.config.head_dim**-0.5
 
-    def attend(q, k, v, kv, layer, active=True):
-        slots = batch.kv_slots if active is True else jnp.where(active, batch.kv_slots, -1)
+    @jax.jit  # so that the kernels are traced once, however many layers there are
+    def attend(q, k, v, kv, layer, active=None):
+        slots = batch.kv_slots if active is None else jnp.where(active, batch.kv_slots, -1)
         kv = KVCache(*update_kv(kv.k, kv.v, k, v, layer, slots, implementation=program.attention))
         attended = ragged_attention(
             q,

@@ -23,7 +23,7 @@ Index = int | jax.Array
 """A layer or row number: known at trace time (unrolled) or on the device alone (scan)."""
 
 Attend = Callable[..., tuple[jax.Array, KVCache]]
-"""``attend(q, k, v, kv, layer, active=True) -> (attended, kv)``.
+"""``attend(q, k, v, kv, layer, active=None) -> (attended, kv)``.
 
 Writes K and V to the cache, then attends. Where ``active`` is false nothing is written, and the
 result means nothing.
