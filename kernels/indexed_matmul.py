@@ -4,6 +4,10 @@ XLA materialises a layer's slice of stacked weights, or the result of a selectio
 GEMMs. Where every device of a program takes another row, that is a copy of a layer at each use.
 """
 
+import math
+from dataclasses import dataclass
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -80,3 +84,45 @@ def _check_shapes(x, weights, row) -> None:
         raise ValueError(f"{x.shape=} must have at least one token")
     if row.shape != ():
         raise ValueError(f"{row.shape=} must be (): one row for all tokens")
+
+
+@dataclass(frozen=True)
+class IndexedKernel:
+    """A layer's kernel `[*outputs, *inputs]` that only the device can tell from others.
+
+    It stands in a layer's parameters where otherwise an array does (`models.layers.Multiplier`).
+
+    Attributes:
+        rows: all kernels that it may be, stacked or as a tuple.
+        row: which of them it is, an int32 scalar.
+        implementation: as for `indexed_matmul`.
+    """
+
+    rows: jax.Array | tuple[jax.Array, ...]
+    row: jax.Array
+    implementation: str
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the kernel's values."""
+        return self.rows[0].dtype if isinstance(self.rows, tuple) else self.rows.dtype
+
+    def multiply(self, x: jax.Array, num_in: int) -> jax.Array:
+        """The product `[tokens, *outputs]` of `x`, `[tokens, *inputs]`, over `num_in` inputs."""
+        stacked = not isinstance(self.rows, tuple)
+        shape = self.rows.shape[1:] if stacked else self.rows[0].shape
+        outputs, inputs = shape[: len(shape) - num_in], shape[len(shape) - num_in :]
+        if x.shape[1:] != inputs:
+            raise ValueError(f"{x.shape=} must end in the inputs {inputs} of the kernel {shape}")
+        flat = (math.prod(outputs), math.prod(inputs))
+        if stacked:
+            rows = self.rows.reshape(-1, *flat)
+        else:
+            rows = tuple(row.reshape(flat) for row in self.rows)
+        y = indexed_matmul(
+            x.reshape(x.shape[0], -1), rows, self.row, implementation=self.implementation
+        )
+        return y.reshape(x.shape[0], *outputs)
+
+
+jax.tree_util.register_dataclass(IndexedKernel, ["rows", "row"], ["implementation"])

@@ -4,16 +4,21 @@ Compilers have miscompiled such kernels (`ptxas` of CUDA 12.8.0 to 12.9.1 and ca
 wrong token looks like any other. The check takes milliseconds once the kernels are compiled.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sidp_jax.kernels.indexed_matmul import indexed_matmul
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
 
 TOLERANCE = 1e-2  # relative, in bfloat16; sound kernels stay near 2e-3
 ROWS = ((1, 1), (1, 130), (1, 1500), (9, 200), (70, 70), (131, 300))  # (queries, context)
 PADDING = 13  # tokens after the last row
+PRODUCT_TOKENS = (16, 300)  # one tile of them; several, the last one moved back
+PRODUCT_OUTPUTS = 4096  # at most: several tiles, and a check that stays short
 
 
 class KernelError(RuntimeError):
@@ -36,6 +41,7 @@ def self_check(
     kv_heads: int,
     head_dim: int,
     page_size: int,
+    products: Sequence[tuple[int, int]] = (),
     dtype: jnp.dtype = jnp.bfloat16,
     implementation: str = "mosaic",
     device: jax.Device | None = None,
@@ -47,6 +53,8 @@ def self_check(
         kv_heads: K/V heads.
         head_dim: size of a head.
         page_size: tokens of a page.
+        products: outputs and inputs of the kernels that `indexed_matmul` will multiply by; nothing
+            is checked of it without them.
         dtype: type of queries and cache.
         implementation: what to check.
         device: where to run; the first device if not given.
@@ -56,6 +64,7 @@ def self_check(
 
     Raises:
         KernelError: naming kernel, error and CUDA version, if one differs by more than 1e-2.
+        ValueError: if a kernel cannot run with these shapes or this type.
     """
     device = device or jax.local_devices()[0]
     if implementation == "mosaic":
@@ -67,6 +76,12 @@ def self_check(
             ),
             "update_kv": _update_error(kv_heads, head_dim, page_size, dtype, implementation),
         }
+        if products:
+            errors["indexed_matmul"] = max(
+                _product_error(tokens, *shape, dtype, implementation)
+                for tokens in PRODUCT_TOKENS
+                for shape in dict.fromkeys(products)
+            )
     for kernel, error in errors.items():
         if not error < TOLERANCE:  # NaN fails too
             version = " ".join(device.client.platform_version.split())
@@ -121,6 +136,22 @@ def _update_error(kv_heads, head_dim, page_size, dtype, implementation) -> float
         strict=True,
     )
     return max(_relative(out, expected) for out, expected in pairs)
+
+
+def _product_error(tokens, outputs, inputs, dtype, implementation) -> float:
+    keys = jax.random.split(jax.random.key(2))
+    # Outputs fewer than the model's, but divisible by the same powers of two.
+    outputs = outputs if outputs <= PRODUCT_OUTPUTS else PRODUCT_OUTPUTS + outputs % PRODUCT_OUTPUTS
+    x = jax.random.normal(keys[0], (tokens, inputs), dtype)
+    rows = tuple(jax.random.normal(keys[1], (2, outputs, inputs), dtype))
+    multiply = jax.jit(indexed_matmul, static_argnames="implementation")
+    return max(
+        _relative(
+            multiply(x, rows, jnp.int32(row), implementation=implementation),
+            multiply(x, rows, jnp.int32(row), implementation="reference"),
+        )
+        for row in range(2)
+    )
 
 
 def _relative(out, expected) -> float:

@@ -15,10 +15,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.models.layers import Axes, Linear, RMSNorm, rms_norm, rope_inverse_frequencies, rotate
+from sidp_jax.models.layers import (
+    Axes,
+    Linear,
+    Multiplier,
+    RMSNorm,
+    rms_norm,
+    rope_inverse_frequencies,
+    rotate,
+)
 
-LayerParams = dict[str, jax.Array | jax.ShapeDtypeStruct]
-"""The parameters of one layer by name, ``{"qkv.kernel": ...}``; or descriptions of them."""
+LayerParams = dict[str, jax.Array | jax.ShapeDtypeStruct | Multiplier]
+"""The parameters of one layer by name, ``{"qkv.kernel": ...}``; or descriptions of them.
+
+A kernel may be anything that multiplies like one.
+"""
 
 ATTENTION = ("qkv.kernel", "out.kernel")
 """The kernels that ``pre_attention`` and ``add_attention`` read, in this order."""
@@ -159,7 +170,7 @@ def bind_layer(config: ModelConfig, params: LayerParams) -> DecoderLayer:
 
     Args:
         config: The model's architecture.
-        params: One array for each name of ``layer_spec``.
+        params: One array for each name of ``layer_spec``, or for a kernel a ``Multiplier``.
     """
     dtype = params["qkv.kernel"].dtype
     graphdef, state = _abstract_layer(config, str(dtype))

@@ -5,6 +5,8 @@ parameter carries ``axes``, one logical name (or None) per dimension; ``sidp_jax
 the names to mesh axes in one place.
 """
 
+from typing import Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,18 @@ from jaxtyping import Array, Float, Int
 from sidp_jax.models.config import Llama3RopeScaling
 
 Axes = tuple[str | None, ...]
+
+
+@runtime_checkable
+class Multiplier(Protocol):
+    """What may stand in the place of a kernel ``[*out, *in]`` and is no array."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of the kernel's values."""
+
+    def multiply(self, x: jax.Array, num_in: int) -> jax.Array:
+        """The product ``[tokens, *out]`` over the ``num_in`` inputs of ``x``, ``[tokens, *in]``."""
 
 
 def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype) -> nnx.Param:
@@ -78,10 +92,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens *inputs"]) -> Float[Array, "tokens *outputs"]:
         """Returns the product for every token, in the type of ``x``."""
-        kernel = self.kernel[...]
-        first = kernel.ndim - self.num_in
-        contract = (tuple(range(1, x.ndim)), tuple(range(first, kernel.ndim)))
-        y = jax.lax.dot_general(x, kernel, (contract, ((), ())))
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, Multiplier):
+            y = kernel.multiply(x, self.num_in)
+        else:
+            first = kernel.ndim - self.num_in
+            contract = (tuple(range(1, x.ndim)), tuple(range(first, kernel.ndim)))
+            y = jax.lax.dot_general(x, kernel, (contract, ((), ())))
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -21,7 +21,7 @@ from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.measure import measure_hardware
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import Policy
+from sidp_jax.modes.policy import CAS_STAGGERED, Policy
 from sidp_jax.pace import StepCosts
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
@@ -48,7 +48,7 @@ def build_engine(config: EngineConfig) -> Engine:
         ConfigError: Something is missing or does not fit; the message says what to set.
         CheckpointError: The checkpoint is incomplete, damaged, or made for another model.
     """
-    model, program = _model_and_program(config)
+    model, program, policy = _settle(config)
     max_model_len = longest_sequence(config, model)
     layer_loop = config.layer_loop
     if layer_loop == "auto":
@@ -63,7 +63,6 @@ def build_engine(config: EngineConfig) -> Engine:
         load_format=config.load_format,
         seed=config.seed,
     )
-    policy = make_policy(config, model, _hardware(config, model, program))
     batches = _batch_layouts(config, model, max_model_len)
     # A mode that would never be picked for a shape needs no program, and no memory, for it.
     steps = tuple(
@@ -107,22 +106,23 @@ def build_engine(config: EngineConfig) -> Engine:
     return engine
 
 
-def _model_and_program(config: EngineConfig) -> tuple[ModelConfig, StepProgram]:
-    """Model, pool and mesh; every way in which they do not fit is a ``ConfigError``."""
+def _settle(config: EngineConfig) -> tuple[ModelConfig, StepProgram, Policy]:
+    """Model, programs and policy; every way in which they do not fit is a ``ConfigError``."""
     try:
         model = ModelConfig.from_pretrained(config.model_path)
         resident = model.num_layers if is_plain(config) else config.resident_layers
         layout = PoolLayout(model.num_layers, config.pool_size, resident)
         mesh = make_mesh(config.pool_size, config.tensor_parallel_size)
         check_tensor_parallel(config, model)
-        attention = _attention(config, model, mesh)
+        policy = make_policy(config, model, _hardware(config, model, mesh))
+        attention = _attention(config, model, mesh, policy.modes)
     except (FileNotFoundError, KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    return model, StepProgram(model, layout, mesh, attention)
+    return model, StepProgram(model, layout, mesh, attention), policy
 
 
-def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
-    """The implementation of attention and cache update; kernels are checked before use."""
+def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh, modes: tuple[str, ...]) -> str:
+    """The implementation of attention and the other kernels; they are checked before use."""
     device = mesh.local_devices[0]
     chosen = config.attention
     if chosen == "auto":
@@ -133,11 +133,22 @@ def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> str:
             kv_heads=model.num_kv_heads // config.tensor_parallel_size,
             head_dim=model.head_dim,
             page_size=config.page_size,
+            products=_indexed_products(config, model) if CAS_STAGGERED in modes else (),
             dtype=jnp.dtype(config.dtype),
             device=device,
         )
-        logger.info("attention kernels checked: relative errors %s", errors)
+        logger.info("kernels checked: relative errors %s", errors)
     return chosen
+
+
+def _indexed_products(config: EngineConfig, model: ModelConfig) -> list[tuple[int, int]]:
+    """Outputs and inputs, on one device, of the products whose weights the device picks."""
+    size = config.tensor_parallel_size
+    heads = model.num_heads // size * model.head_dim
+    groups = model.num_kv_heads // size * (model.queries_per_kv_head + 2) * model.head_dim
+    ffn = model.intermediate_size // size
+    hidden = model.hidden_size
+    return [(groups, hidden), (hidden, heads), (2 * ffn, hidden), (hidden, ffn)]
 
 
 def _batch_layouts(
@@ -202,19 +213,16 @@ def _host_pages(config: EngineConfig, program: StepProgram) -> int:
     return int(free * _HOST_SHARE) // (page * config.pool_size)
 
 
-def _hardware(config: EngineConfig, model: ModelConfig, program: StepProgram) -> Hardware:
+def _hardware(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Hardware:
     """The profile to decide by: as configured, that of the device, or measured now."""
-    try:
-        if config.hardware == MEASURE:
-            hardware = measure_hardware(model, config.tensor_parallel_size, config.dtype)
-            logger.info("hardware measured: %s", as_values(hardware))
-            return hardware
-        name = config.hardware
-        if name == "auto":
-            name = profile_for(program.mesh.devices.flat[0].device_kind, program.platform)
-        return load_profile(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    if config.hardware == MEASURE:
+        hardware = measure_hardware(model, config.tensor_parallel_size, config.dtype)
+        logger.info("hardware measured: %s", as_values(hardware))
+        return hardware
+    if config.hardware != "auto":
+        return load_profile(config.hardware)
+    device = mesh.devices.flat[0]
+    return load_profile(profile_for(device.device_kind, device.platform))
 
 
 def _step_costs(policy: Policy, batches: tuple[BatchLayout, ...]) -> StepCosts:

@@ -48,7 +48,8 @@ class StepProgram:
         config: The model's architecture.
         layout: Who owns what.
         mesh: The devices.
-        attention: Implementation of attention and cache update, chosen explicitly.
+        attention: Implementation of attention, cache update and products with weights that the
+            device picks, chosen explicitly.
     """
 
     config: ModelConfig
@@ -173,6 +174,7 @@ def _forward(
         batch.positions,
         attend,
         program.platform,
+        program.attention,
         program.tensor_size,
     )
     with jax.named_scope("embed"):

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from sidp_jax.kernels.indexed_matmul import indexed_matmul
+from sidp_jax.kernels import indexed_matmul_mosaic as mosaic_module
+from sidp_jax.kernels.indexed_matmul import IndexedKernel, indexed_matmul
 from sidp_jax.kernels.indexed_matmul_mosaic import (
     TuningConfig,
     _Grid,
@@ -21,6 +23,7 @@ from sidp_jax.kernels.indexed_matmul_mosaic import (
     indexed_matmul_mosaic,
     modelled_seconds,
 )
+from sidp_jax.models.layers import Linear
 
 LIMIT = 1e-2  # relative error in bfloat16
 
@@ -69,6 +72,50 @@ def test_a_row_out_of_range_is_clamped(form):
     for row, taken in ((-1, 0), (7, 1)):
         out = indexed_matmul(x, weights, jnp.int32(row), implementation="reference")
         np.testing.assert_allclose(out, product(x, weights, taken), rtol=1e-5, atol=1e-5)
+
+
+def linear(kernel, outputs, inputs):
+    """A layer's projection with a bias, over a kernel of any kind."""
+    axes = [(None,) * len(shape) for shape in (outputs, inputs)]
+    module = Linear(outputs, axes[0], inputs, axes[1], bias=True, dtype=kernel.dtype)
+    graphdef, state = nnx.split(module)
+    values = {"kernel": kernel, "bias": jnp.ones(outputs, kernel.dtype)}
+    flat = [(path, leaf.replace(values[path[0]])) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+@pytest.mark.parametrize("form", ["stacked", "tuple"])
+def test_a_projection_multiplies_by_the_picked_kernel(form):
+    outputs, inputs = (2, 3, 4), (5, 6)
+    x = jax.random.normal(jax.random.key(0), (7, *inputs))
+    kernels = jax.random.normal(jax.random.key(1), (3, *outputs, *inputs))
+    rows = kernels if form == "stacked" else tuple(kernels)
+    run = jax.jit(lambda kernel, x: linear(kernel, outputs, inputs)(x))
+    for row in range(3):
+        out = run(IndexedKernel(rows, jnp.int32(row), "reference"), x)
+        assert out.shape == (7, *outputs)
+        np.testing.assert_allclose(out, run(kernels[row], x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="must end in the inputs"):
+        linear(IndexedKernel(rows, jnp.int32(0), "reference"), outputs, inputs)(x[:, :4])
+
+
+def test_a_projection_runs_the_kernel(monkeypatch):
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    kernel = partial(
+        indexed_matmul_mosaic,
+        interpret=params.InterpretGPUParams(),
+    )
+
+    def small(x, weights, row, *, config):
+        assert config is None
+        return kernel(x, weights, row, config=TuningConfig(block_outputs=32, num_sms=1))
+
+    monkeypatch.setattr(mosaic_module, "indexed_matmul_mosaic", small)
+    x, kernels = make(8, 64, 128, 2)
+    x, kernels = x.reshape(8, 2, 64), kernels.reshape(2, 2, 32, 2, 64)
+    picked = IndexedKernel(tuple(kernels), jnp.int32(1), "mosaic")
+    out, expected = (linear(k, (2, 32), (2, 64))(x) for k in (picked, kernels[1]))
+    assert relative_error(out, expected) < LIMIT
 
 
 def interpreted(x, weights, row, config):

@@ -7,6 +7,8 @@ import pytest
 from helpers import random_weights, small_config
 from jax.sharding import PartitionSpec
 
+from sidp_jax.kernels import indexed_matmul_mosaic
+from sidp_jax.kernels.indexed_matmul import indexed_matmul_reference
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
 from sidp_jax.kv_cache import KV_PARTITION, KVCache, allocate, kv_cache_spec
@@ -19,7 +21,7 @@ from sidp_jax.weights import partitions
 TOKENS, PAGE_SIZE, PAGES = 12, 4, 5
 
 
-def run_mode(mode, config, layout, layer_loop):
+def run_mode(mode, config, layout, layer_loop, kernels="reference"):
     """Runs the layers on one prompt of TOKENS tokens per replica; returns x, K and V."""
     mesh = make_mesh(layout.pool_size)
     weights = random_weights(config, layout, mesh, layer_loop)
@@ -48,7 +50,7 @@ def run_mode(mode, config, layout, layer_loop):
             return attended, kv
 
         positions = jnp.arange(TOKENS, dtype=jnp.int32)
-        context = LayerContext(config, layout, positions, attend, "cpu")
+        context = LayerContext(config, layout, positions, attend, "cpu", kernels)
         x, kv = RUN_LAYERS[mode](context, weights, x, KVCache(kv.k[0], kv.v[0]))
         return x, kv.k[None], kv.v[None]
 
@@ -107,6 +109,25 @@ def test_staggered_cas_is_bit_identical_to_replicated(oracle, layers, pool_size,
     got = run_mode("cas_staggered", config, PoolLayout(layers, pool_size), layer_loop)
     for ours, theirs in zip(got, oracle(config, pool_size), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
+def test_staggered_cas_with_rows_picked_by_the_products(oracle, monkeypatch, layer_loop):
+    """As with the kernel of a GPU, for which the reference stands in: no kernel is copied."""
+    seen = []
+
+    def multiply(x, weights, row, *, config):
+        seen.append(type(weights))
+        return indexed_matmul_reference(x, weights, row)
+
+    monkeypatch.setattr(indexed_matmul_mosaic, "indexed_matmul_mosaic", multiply)
+    config = small_config(7)
+    got = run_mode("cas_staggered", config, PoolLayout(7, 3), layer_loop, "mosaic")
+    for ours, theirs in zip(got, oracle(config, 3), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # Each of the four is traced once, not at every stage.
+    assert len(seen) == 4 or layer_loop == "scan"
+    assert all(issubclass(kind, tuple) == (layer_loop == "unrolled") for kind in seen)
 
 
 def test_staggered_cas_has_no_place_for_resident_layers():

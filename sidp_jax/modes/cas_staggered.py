@@ -7,12 +7,17 @@ home that it serves exchange queries, keys, values and attention results by the 
 owner. All of these are permutations that repeat after ``W`` stages. Filling and draining cost
 ``W - 1`` stages a step.
 
-The GEMMs see one replica's tokens, as at home: the results have the same bits as ``replicated``.
+The GEMMs see one replica's tokens, as at home: the results have the same bits as ``replicated``,
+but with the ``mosaic`` kernels, which round in another order than XLA's GEMMs.
+
+At most stages some owners are one row of the slab behind the others, and one program serves them
+all: the row is picked on the device. ``mosaic`` picks it while it loads (``IndexedKernel``);
+otherwise XLA first makes a copy of the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -20,10 +25,11 @@ from itertools import groupby
 import jax
 import jax.numpy as jnp
 
+from sidp_jax.kernels.indexed_matmul import IndexedKernel
 from sidp_jax.kv_cache import KVCache
 from sidp_jax.mesh import POOL
 from sidp_jax.models.decoder import LayerParams, bind_layer
-from sidp_jax.modes.loop import Index, LayerContext, local_slab, take
+from sidp_jax.modes.loop import Attend, Index, LayerContext, local_slab, take
 from sidp_jax.weights import LayerStack, Weights
 
 
@@ -54,6 +60,41 @@ class _Moving:
 jax.tree_util.register_dataclass(_Moving, ["guest", "own", "kv"], [])
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What is computed at a stage, each part traced once however many stages a program has.
+
+    Attributes:
+        pre_attention: ``(params, guest, positions) -> qkv``, one message.
+        attend: ``(qkv, kv, layer, inside) -> (attended, kv)``.
+        post_attention: ``(params, guest, attended) -> guest``.
+    """
+
+    pre_attention: Callable[[LayerParams, jax.Array, jax.Array], jax.Array]
+    attend: Attend
+    post_attention: Callable[[LayerParams, jax.Array, jax.Array], jax.Array]
+
+    @classmethod
+    def of(cls, context: LayerContext) -> _Parts:
+        """The parts of this step's layers."""
+
+        def pre_attention(params, guest, positions):
+            with jax.named_scope("pre_attention"):
+                bound = bind_layer(context.config, params)
+                return jnp.concatenate(bound.pre_attention(guest, positions), axis=1)
+
+        def attend(qkv, kv, layer, inside):
+            with jax.named_scope("attention"):
+                return context.attend(*context.split_heads(qkv), kv, layer, inside)
+
+        def post_attention(params, guest, attended):
+            with jax.named_scope("post_attention"):
+                bound = bind_layer(context.config, params)
+                return bound.post_attention(guest, attended, context.reduce)
+
+        return cls(*map(jax.jit, (pre_attention, attend, post_attention)))
+
+
 def run_layers(
     context: LayerContext, weights: Weights, x: jax.Array, kv: KVCache
 ) -> tuple[jax.Array, KVCache]:
@@ -76,7 +117,7 @@ def run_layers(
     ]
     super_steps = [tuple(stages[first : first + size]) for first in range(0, len(stages), size)]
     moving = _Moving(guest=jnp.zeros_like(x), own=x, kv=kv)
-    run = partial(_super_step, context, slab, positions)
+    run = partial(_super_step, context, _Parts.of(context), slab, positions)
     for shape, group in groupby(range(len(super_steps)), key=super_steps.__getitem__):
         numbers = list(group)
         if isinstance(slab, tuple) or len(numbers) == 1:
@@ -93,6 +134,7 @@ def run_layers(
 
 def _super_step(
     context: LayerContext,
+    parts: _Parts,
     slab: LayerStack,
     positions: jax.Array,
     stages: Sequence[_Stage],
@@ -109,8 +151,8 @@ def _super_step(
             entered = jax.lax.ppermute(moving.own, POOL, [(stage.phase, 0)])
             moving = replace(moving, guest=jnp.where(me == 0, entered, moving.guest))
         # Owners past the phase are still one row behind: their guest entered a round earlier.
-        params = _row(slab, number, me > stage.phase)
-        x, kv = _serve(context, params, positions[guest], s - me, stage.phase, moving)
+        params = _row(slab, number, me > stage.phase, context.kernels)
+        x, kv = _serve(context, parts, params, positions[guest], s - me, stage.phase, moving)
         moving = replace(moving, kv=kv, guest=x)
         if stage.leaves is not None:
             home = stage.leaves
@@ -123,6 +165,7 @@ def _super_step(
 
 def _serve(
     context: LayerContext,
+    parts: _Parts,
     params: LayerParams,
     positions: jax.Array,
     home_layer: jax.Array,
@@ -133,6 +176,7 @@ def _serve(
 
     Args:
         context: What every layer needs.
+        parts: What is computed here.
         params: The layer that this owner runs.
         positions: The guest's positions.
         home_layer: The layer that the own tokens are at; outside the model before a replica has
@@ -142,26 +186,32 @@ def _serve(
     """
     size, layers = context.layout.pool_size, context.layout.num_layers
     exchange = [(owner, (phase - owner) % size) for owner in range(size)]
-    bound = bind_layer(context.config, params)
-    with jax.named_scope("pre_attention"):
-        qkv = jnp.concatenate(bound.pre_attention(moving.guest, positions), axis=1)
+    qkv = parts.pre_attention(params, moving.guest, positions)
     with jax.named_scope("hop"):
         qkv = jax.lax.ppermute(qkv, POOL, exchange)
-    with jax.named_scope("attention"):
-        q, k, v = context.split_heads(qkv)
-        inside = (home_layer >= 0) & (home_layer < layers)
-        layer = jnp.clip(home_layer, 0, layers - 1)
-        attended, kv = context.attend(q, k, v, moving.kv, layer, inside)
+    inside = (home_layer >= 0) & (home_layer < layers)
+    layer = jnp.clip(home_layer, 0, layers - 1)
+    attended, kv = parts.attend(qkv, moving.kv, layer, inside)
     with jax.named_scope("hop"):
         attended = jax.lax.ppermute(attended, POOL, exchange)
-    with jax.named_scope("post_attention"):
-        return bound.post_attention(moving.guest, attended, context.reduce), kv
+    return parts.post_attention(params, moving.guest, attended), kv
 
 
-def _row(slab: LayerStack, number: Index, behind: jax.Array) -> LayerParams:
+def _row(slab: LayerStack, number: Index, behind: jax.Array, kernels: str) -> LayerParams:
     """Row ``number`` of the slab, or the one before it on owners that are ``behind``."""
-    if not isinstance(slab, tuple):
-        rows = next(iter(slab.values())).shape[0]
-        return take(slab, jnp.clip(number - behind.astype(jnp.int32), 0, rows - 1))
-    here, before = (slab[min(max(row, 0), len(slab) - 1)] for row in (number, number - 1))
-    return {name: jnp.where(behind, before[name], here[name]) for name in here}
+    if isinstance(slab, tuple):
+        before, here = (slab[min(max(row, 0), len(slab) - 1)] for row in (number - 1, number))
+        rows = {name: (before[name], here[name]) for name in here}
+        row = jnp.where(behind, 0, 1)
+    else:
+        rows = slab
+        count = next(iter(slab.values())).shape[0]
+        row = jnp.clip(number - behind.astype(jnp.int32), 0, count - 1)
+    indexed = {name for name in rows if kernels == "mosaic" and name.endswith(".kernel")}
+    params = {name: IndexedKernel(rows[name], row, kernels) for name in indexed}
+    rest = {name: array for name, array in rows.items() if name not in indexed}
+    if isinstance(slab, tuple):
+        selected = {name: jnp.where(behind, *pair) for name, pair in rest.items()}
+    else:
+        selected = take(rest, row)
+    return params | selected

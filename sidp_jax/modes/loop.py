@@ -42,6 +42,8 @@ class LayerContext:
         positions: Position of each token of this replica, ``[tokens]``.
         attend: Attention over this replica's KV cache.
         platform: ``cpu`` or ``gpu``: some collectives exist on one of them alone.
+        kernels: Implementation of products with weights that the device picks:
+            ``indexed_matmul.IMPLEMENTATIONS``.
         tensor_size: Devices of one replica, which share its heads and feed-forward layers.
     """
 
@@ -50,6 +52,7 @@ class LayerContext:
     positions: jax.Array
     attend: Attend
     platform: str
+    kernels: str
     tensor_size: int = 1
 
     def reduce(self, partial: jax.Array) -> jax.Array:
