@@ -228,9 +228,11 @@ def run_grid(
     What the report already has is left as it is.
     """
     shapes = {shape: ModelConfig.from_pretrained(_SHAPES / shape) for shape in models}
-    for (prompt, output), name, shape in product(WORKLOADS, hardware, models):
+    for name, shape in product(hardware, models):
         node = report["nodes"].setdefault(f"{GPUS} x {name}, {shape}", {"workloads": []})
         node["kv_capacity"] = kv_capacity(shapes[shape], name)
+    for (prompt, output), name, shape in product(WORKLOADS, hardware, models):
+        node = report["nodes"][f"{GPUS} x {name}, {shape}"]
         if any((w["prompt"], w["output"]) == (prompt, output) for w in node["workloads"]):
             continue
         workload = Workload(prompt, output)

@@ -198,7 +198,7 @@ def _throughput(plan: dict[str, Any]) -> Table:
 def _shapes(speed: dict[str, Any]) -> str:
     """Shapes of the steps, the most frequent ones first, a line each."""
     shapes = sorted(speed["shapes"], key=lambda shape: -shape["share"])[:_MOST_SHAPES]
-    return "\n".join(f"{s['tokens']:,}: {s['share']:.0%} {s['mode']}" for s in shapes)
+    return "\n".join(f"{s['tokens']:,}: {s['share']:.0%}\n{s['mode']}" for s in shapes)
 
 
 def _speed(show: Callable[[_Option, dict[str, Any]], str]) -> Callable[[_Option], str]:

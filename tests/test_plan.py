@@ -2,7 +2,7 @@ import json
 import re
 import subprocess
 import sys
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from math import prod
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -14,6 +14,7 @@ from checkpoints import LAYOUTS
 from helpers import small_config
 
 from sidp_jax import plan, plan_search
+from sidp_jax.batch import token_buckets
 from sidp_jax.estimate import (
     FORMULA,
     Candidate,
@@ -167,7 +168,7 @@ def test_a_mode_needs_memory_for_the_steps_that_it_may_run():
     where = setting()
     both = activation_bytes(where, candidate())
     lockstep = policy_of(where, candidate())
-    most = max(t for t in (16, 64, 256, 512, 1024, 2048, 4096) if lockstep.may_run(CAS, t))
+    most = max(t for t in token_buckets(4096) if lockstep.may_run(CAS, t))
     assert most < 4096
     assert both[CAS] == activation_bytes(where, candidate(max_num_batched_tokens=most))[CAS]
     alone = activation_bytes(where, candidate(modes=(CAS,)))[CAS]
@@ -324,7 +325,7 @@ def test_throughput_is_that_of_the_steps_it_is_made_of():
         assert step.seconds == pytest.approx(seconds)
         mean += step.share * seconds
     assert speed.output_tokens_per_second == pytest.approx(8 * 256 / mean)
-    assert bucket(ours, 257) == 512
+    assert bucket(ours, 257) == next(size for size in token_buckets(4096) if size >= 257)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +411,8 @@ def test_plan_of_qwen72b_on_eight_h200(full):
     assert list(options) == ["as configured", "plain DP", "best DP x TP", "best pooled"]
     assert options["plain DP"]["throughput"] is None
     assert options["best DP x TP"]["configuration"]["tensor_size"] == 2
-    assert [step["best"] for step in made["steps"]] == ["cas", *["cas_staggered"] * 4, "was", "was"]
+    modes = [step["best"] for step in made["steps"]]
+    assert [mode for mode, _ in groupby(modes)] == ["cas", "cas_staggered", "was"]
     assert [mode for _, mode in made["mode_ranges"]] == ["cas", "cas_staggered", "was"]
     assert 1950 < made["fetch_hidden_from"] < 2200
     assert made["recommendation"]["pool"] is False
