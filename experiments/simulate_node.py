@@ -33,7 +33,7 @@ from node_tables import draw_figures, print_tables
 
 from sidp_jax.config import EngineConfig, load_config
 from sidp_jax.estimate import Candidate, Setting, Workload, memory
-from sidp_jax.hardware import as_values, load_profile
+from sidp_jax.hardware import as_values, load_profile, profile_for
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
 from sidp_jax.plan import WORTHWHILE
@@ -57,6 +57,9 @@ PROMISING = 0.85
 
 SPREAD = 0.5
 """Outputs of a simulated job are uniform within this share of their mean."""
+
+DECODE_LENGTHS = (16, 80)
+"""Prompt and output of each request in the cases of ``bench_offline.py --decode``."""
 
 TABLE_SEQS, TABLE_BUDGET = 256, 2048
 """Sizes of a step in the table of KV capacity."""
@@ -294,7 +297,7 @@ def validate(path: Path) -> list[dict[str, Any]]:
     pages = report["kv_tokens"] // config.pool_size // config.page_size
     rows = []
     for name, measured in report["cases"].items():
-        job = simulate(setting, candidate, pages, parse_job(name))
+        job = simulate(setting, candidate, pages, _measured_job(name))
         rows.append(
             {
                 "case": name,
@@ -306,6 +309,13 @@ def validate(path: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _measured_job(name: str) -> Lengths:
+    """The lengths of a case of ``bench_offline.py``; ``decode N[,TOP_P]`` is N short prompts."""
+    if name.startswith("decode "):
+        return [DECODE_LENGTHS] * int(name.removeprefix("decode ").partition(",")[0])
+    return parse_job(name)
 
 
 def _config_of(command: str) -> EngineConfig:
@@ -323,10 +333,8 @@ def _config_of(command: str) -> EngineConfig:
 
 
 def _profile_of(report: dict[str, Any]) -> str:
-    """The profile of the GPU that a report names."""
-    from sidp_jax.hardware import profile_for
-
-    kind = report["what"].removeprefix("measured on one ").partition(",")[0]
+    """The profile of the device that a report names."""
+    kind = report.get("device") or report["what"].removeprefix("measured on one ").split(",")[0]
     return profile_for(kind, "cpu" if kind == "cpu" else "gpu")
 
 

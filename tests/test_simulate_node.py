@@ -187,7 +187,7 @@ def test_validation_replays_the_measured_command(tmp_path):
         "command": f"python experiments/bench_offline.py --config {config} --case 8,64,16 "
         "--case 4,8,8 --out x.json max_num_batched_tokens=1024 max_model_len=4096",
         "kv_tokens": 64 * 100,
-        "cases": {"8,64,16": {"wall_s": 1.0, "steps": 17}, "4,8,8": {"wall_s": 2.0}},
+        "cases": {"8,64,16": {"wall_s": 1.0, "steps": 17}, "decode 4,0.9": {"wall_s": 2.0}},
     }
     path = tmp_path / "offline.json"
     path.write_text(json.dumps(report))
@@ -199,6 +199,9 @@ def test_validation_replays_the_measured_command(tmp_path):
     assert first["ratio"] == pytest.approx(job.seconds / 1.0)
     assert first["simulated_steps"] == 16
     assert second["ratio"] == pytest.approx(second["simulated_s"] / 2)
+    assert second["simulated_steps"] == 80
+    path.write_text(json.dumps(report | {"what": "", "device": "NVIDIA H200"}))
+    assert simulate_node.validate(path) == [first, second]
     path.write_text(json.dumps(report | {"command": "python other.py"}))
     with pytest.raises(ValueError, match="is not one of bench_offline"):
         simulate_node.validate(path)
