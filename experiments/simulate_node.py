@@ -43,8 +43,18 @@ from sidp_jax.settle import DTYPE_BYTES, longest_sequence, make_policy
 GPUS, PAGE_SIZE, UTILIZATION = 8, 64, 0.92
 HARDWARE = ("h20", "h200", "b200")
 MODELS = ("qwen3_32b", "qwen2.5_72b", "llama3.1_70b")
-WORKLOADS = tuple(product((2048, 32768, 128), (1024, 64, 16384)))
-"""Prompt and output tokens of the grid."""
+WORKLOADS = (
+    (2048, 1024),
+    (32768, 1024),
+    (128, 16384),
+    (32768, 64),
+    (2048, 64),
+    (32768, 16384),
+    (128, 1024),
+    (2048, 16384),
+    (128, 64),
+)
+"""Prompt and output tokens of the grid, those first that differ most."""
 
 ROUNDS = 2
 """Requests of a simulated job, as a multiple of the sequences that run at a time."""
@@ -53,7 +63,8 @@ MOST_REQUESTS = 4000
 """Where the rounds would be more requests than that, there is only one."""
 
 PROMISING = 0.85
-"""A plain configuration whose estimate is below this share of the best one's is not simulated."""
+"""A plain configuration whose estimate is below this share of the best one's is not simulated,
+unless it is plain data parallelism or has as large replicas as a pool."""
 
 SPREAD = 0.5
 """Outputs of a simulated job are uniform within this share of their mean."""
@@ -121,14 +132,19 @@ def choose(setting: Setting, workload: Workload) -> dict[str, Option]:
         for size in tensor_sizes(model, GPUS)
     }
     plain = [option for option in found.values() if option is not None]
-    least = PROMISING * max(map(_rate, plain), default=0.0)
-    found = {name: option for name, option in found.items() if _rate(option) >= least}
     for name, modes in (("was", (WAS,)), ("cas", cas), ("pooled", (WAS, *cas))):
         found[name] = best(setting, pooled_candidates(model, GPUS, modes), workload)
     fastest = max(plain, key=_rate, default=None)
     pool = fastest is None or _rate(found["pooled"]) > WORTHWHILE * _rate(fastest)
     found["auto"] = found["pooled"] if pool else fastest
-    return {name: option for name, option in found.items() if option is not None}
+    least = PROMISING * _rate(fastest)
+    sizes = {1} | {o.candidate.tensor_size for n, o in found.items() if o and not _is_plain(n)}
+    return {
+        name: option
+        for name, option in found.items()
+        if option is not None
+        and (not _is_plain(name) or _rate(option) >= least or option.candidate.tensor_size in sizes)
+    }
 
 
 def _rate(option: Option | None) -> float:
@@ -387,7 +403,8 @@ def _new_report() -> dict[str, Any]:
         "notes": [
             f"{GPUS} GPUs, bf16, pages of {PAGE_SIZE}, {UTILIZATION} of memory.",
             "Every configuration is the one that the plan estimates to be best for the workload.",
-            f"A plain configuration that is estimated below {PROMISING} of the best is left out.",
+            f"DP x TP that is estimated below {PROMISING} of the best plain one is left out, "
+            "unless a pool has as large replicas.",
             f"Grid: requests are {ROUNDS} times the most sequences that any of them runs at a time "
             f"(once, where that is over {MOST_REQUESTS:,}); outputs are uniform within "
             f"{SPREAD:.0%} of their mean.",
