@@ -47,7 +47,8 @@ FORMULA = (
     "  a replica starts a Poisson number of them about n / out, and that with most sets the shape",
     "dense(t) = max(t x FLOPs / (FLOP/s), layer bytes / memory bandwidth) x measured / roofline",
     "attention = d (in + out/2) KV bytes / decode bandwidth",
-    "  + d in/out 2 heads head_dim in / (prefill FLOP/s) + KV update",
+    "  + d in/out 2 heads head_dim in / (prefill FLOP/s) + KV update; prefill of a pool up",
+    "  to 2 pool / (pool + 1) times that, as each replica is at another chunk of a long prompt",
     "reductions, with TP > 1 = 2 (2 (TP-1)/TP x t x hidden bytes / link + latency)",
     "replicated: a layer takes dense(t) + attention + reductions",
     "was: a fetch (layer bytes / link) rides under the dense part of the layers before it, and the",
@@ -332,6 +333,7 @@ def throughput(
     policy = policy_of(setting, candidate)
     # A prompt's tokens attend to half of it, on average.
     pairs = decodes * workload.prompt / workload.output * workload.prompt / 2
+    pairs *= _imbalance(candidate, running, workload)
     shapes = []
     for tokens, share in sorted(shares.items()):
         mode = policy.best(tokens)
@@ -359,6 +361,18 @@ def _concurrency(setting: Setting, kv_tokens: int, workload: Workload) -> int:
     # n mean + sqrt(n) spread = tokens, solved for sqrt(n)
     root = (sqrt(spread**2 + 4 * mean * kv_tokens) - spread) / (2 * mean)
     return max(int(root**2), kv_tokens // (workload.prompt + workload.output + page))
+
+
+def _imbalance(candidate: Candidate, running: int, workload: Workload) -> float:
+    """How much more than the mean the replica that takes longest attends to.
+
+    Of prompts that are computed in many chunks, each replica of a pool is at a random one, and the
+    furthest of ``W`` random places in [0, 1] is at W / (W + 1), not at a half.
+    """
+    room = max(1, candidate.max_num_batched_tokens - running)
+    chunks = max(1.0, workload.prompt / room)
+    furthest = 2 * candidate.pool_size / (candidate.pool_size + 1)
+    return 1 + (furthest - 1) * (1 - 1 / chunks)
 
 
 def _shares(candidate: Candidate, running: int, workload: Workload) -> dict[int, float]:

@@ -21,6 +21,7 @@ from sidp_jax.estimate import (
     Setting,
     Workload,
     _concurrency,
+    _imbalance,
     _shares,
     activation_bytes,
     attention_seconds,
@@ -319,7 +320,7 @@ def test_throughput_is_that_of_the_steps_it_is_made_of():
     mean = 0.0
     for step in speed.shapes:
         assert step.mode == policy.best(step.tokens)
-        pairs = 256 * 1024 / 256 * 512
+        pairs = 256 * 1024 / 256 * 512 * _imbalance(ours, 256, work)
         attention = attention_seconds(where, ours, step.tokens, 256 * 1152, [(pairs, 1024)])
         seconds = step_seconds(where, ours, policy, step.mode, step.tokens, attention)
         assert step.seconds == pytest.approx(seconds)
@@ -353,6 +354,16 @@ def test_steps_have_the_shapes_of_a_queue_of_prompts(prompt, output, running, po
     assert estimated == pytest.approx(np.mean(tokens), rel=0.05)
     most = max(shares, key=shares.get)
     assert shares[most] == pytest.approx(np.mean(np.array(tokens) == most), abs=0.08)
+
+
+@pytest.mark.parametrize(("pool", "prompt"), [(1, 32768), (8, 32768), (4, 8192), (8, 100)])
+def test_a_pool_waits_for_the_replica_that_is_furthest_in_its_prompt(pool, prompt):
+    ours = candidate(pool, max_num_seqs=16, max_num_batched_tokens=528)
+    chunks = max(1, prompt // 512)
+    rng = np.random.default_rng(0)
+    places = (rng.integers(0, chunks, (20000, pool)) + 0.5) / chunks
+    drawn = places.max(1).mean() / 0.5
+    assert _imbalance(ours, 16, Workload(prompt, 64)) == pytest.approx(drawn, rel=0.03)
 
 
 def test_the_cache_holds_its_sequences_with_some_to_spare():
