@@ -127,8 +127,8 @@ class DecoderLayer(nnx.Module):
 
     def feed_forward(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens ffn"]:
         """The second part of ``post_attention``: the gated values of the feed-forward part."""
-        gate, up = jnp.moveaxis(self.gate_up(self.post_norm(x)), 1, 0)
-        return jax.nn.silu(gate) * up
+        gate_up = self.gate_up(self.post_norm(x))
+        return jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
 
     def add_feed_forward(
         self,
