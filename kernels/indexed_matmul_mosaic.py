@@ -150,8 +150,10 @@ def _candidates(tokens: int, outputs: int, inputs: int, num_sms: int) -> Iterato
                         continue
                     if share == "weights" and tokens <= block_tokens:
                         continue
-                    # Narrow tiles take longer steps: each has a cost of its own.
-                    long = block_tokens + block_outputs <= 192 and inputs % 128 == 0
+                    # Narrow tiles take longer steps, each has a cost of its own; but with few
+                    # tokens shorter ones were as fast or faster.
+                    narrow = block_tokens + block_outputs <= 192 and inputs % 128 == 0
+                    long = narrow and tokens > 32
                     yield TuningConfig(
                         block_tokens,
                         block_outputs,
