@@ -124,8 +124,8 @@ TARGETS = {
         clock_ghz=1.98,
         memory_bandwidth=4_000_000_000_000,
         memory_bytes=102_000_000_000,
-        source=_HOPPER + "cores, cache and clock not checked against a source; memory as in "
-        "configs/hardware/h20.yaml",
+        source=_HOPPER + "bandwidth: data sheet; cores: as Geekbench 6 reported them; cache and "
+        "clock: no public source found; memory as in configs/hardware/h20.yaml",
     ),
     "b200": Target(
         "NVIDIA B200",
@@ -138,7 +138,8 @@ TARGETS = {
         memory_bandwidth=8_000_000_000_000,
         memory_bytes=191_500_000_000,
         source=_LIMITS.format("10.0") + "bandwidth: data sheet; memory as in "
-        "configs/hardware/b200.yaml; cores, cache and clock not checked against a source",
+        "configs/hardware/b200.yaml; cores: Chips and Cheese, 'Nvidia's B200' (74 on each die); "
+        "cache and clock: public sources differ",
     ),
 }
 """The GPUs that programs can be compiled for, by the names of the hardware profiles."""
