@@ -25,9 +25,6 @@ from sidp_jax.modes.policy import (
 )
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page, padded_vocab, weight_bytes_per_device
 
-LAYER_BUFFERS = 2
-"""Layers in flight in WaS: the one in use and the one that arrives."""
-
 SAMPLING_BYTES = 2 * 9 + 16
 """Bytes per sequence and token of the vocabulary: logits (4) and the penalties' state (5), each
 reserved twice, and the sampler's workspace, as XLA reports it for the CPU."""
@@ -211,7 +208,7 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
         dtype_bytes=item,
     )
     pooled = model.num_layers - candidate.resident_layers
-    buffers = min(LAYER_BUFFERS, pooled) * layer_bytes if WAS in candidate.modes else 0
+    buffers = sum(fetch_bytes(model, size, item, pooled)) if WAS in candidate.modes else 0
     activations = max(activation_bytes(setting, candidate).values())
     sampling = SAMPLING_BYTES * candidate.max_num_seqs * model.vocab_size
     page = kv_bytes_per_page(
@@ -233,14 +230,28 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
     return Memory(weights, buffers, activations, sampling, pages * page, usable, tokens, fits)
 
 
+def fetch_bytes(model: ModelConfig, tensor_size: int, dtype_bytes: int, pooled: int) -> list[int]:
+    """Bytes that WaS fetches into: the kernels of a layer, and the next one's down projection.
+
+    The next one's other kernels arrive when their like have been used.
+    """
+    if pooled == 0:
+        return [0, 0]
+    parameters = layer_parameters(model)
+    kernels = sum(prod(p.shape) for name, p in parameters.items() if name.endswith("kernel"))
+    ahead = prod(parameters["down.kernel"].shape) if pooled > 1 else 0
+    return [dtype_bytes * count // tensor_size for count in (kernels, ahead)]
+
+
 def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
     """Temporaries of each mode's largest step, without layer buffers.
 
     The residual stream and its normalised copy live beside either gate, up and their product, or
     queries, keys, values and the attention's result; later the logits and the parts that they are
     put together from. In lockstep CaS every GPU holds the tokens of all replicas; in staggered CaS
-    a guest's beside its own. A mode's largest step is the largest that the policy can pick it for,
-    as only those are compiled.
+    a guest's beside its own. In WaS one down projection arrives ahead of its layer only once gate
+    and up have been multiplied, and all buffers are free again at the logits. A mode's largest step
+    is the largest that the policy can pick it for, as only those are compiled.
     """
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
     shape = layer_shape(model, size, item)
@@ -253,7 +264,15 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
         sizes = [t for t in _buckets(candidate) if policy.may_run(mode, t)]
         rows = max(sizes, default=0) * (candidate.pool_size if mode == CAS else 1)
         streams = 4 if mode == CAS_STAGGERED else 2
-        needed[mode] = max(rows * (streams * shape.activation_bytes + inner), exchanged)
+        busiest = rows * (streams * shape.activation_bytes + inner)
+        if mode == WAS:
+            pooled = model.num_layers - candidate.resident_layers
+            kernels, ahead = fetch_bytes(model, size, item, pooled)
+            product = rows * model.intermediate_size * item // size
+            at_down = rows * 2 * shape.activation_bytes + product
+            needed[mode] = max(at_down, busiest - ahead, exchanged - kernels - ahead)
+        else:
+            needed[mode] = max(busiest, exchanged)
     return needed
 
 

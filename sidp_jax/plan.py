@@ -45,6 +45,7 @@ from sidp_jax.modes.policy import (
     lockstep_hop_seconds,
     staggered_hop_seconds,
 )
+from sidp_jax.plan_compile import compile_plan, compiled_report
 from sidp_jax.plan_report import draw_figure, print_plan
 from sidp_jax.plan_search import (
     Option,
@@ -83,13 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_profile(hardware, arguments.save_profile)
         if arguments.figure is not None:
             draw_figure(plan, arguments.figure)
+        compiled = compile_plan(config, plan) if arguments.compile else []
     except (ValueError, OSError) as error:  # ConfigError and UnsupportedModelError are of these
         print(f"error: {error}", file=sys.stderr)
         return _USAGE
     if arguments.json:
+        plan |= {"compiled": [step.as_json() for step in compiled]} if compiled else {}
         print(json.dumps(plan, indent=2))
     else:
         print_plan(plan)
+        for step in compiled:
+            print(f"\n{compiled_report(step, plan['model']['num_layers'])}")
     return _SUCCESS
 
 
@@ -109,6 +114,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--gpus",
         type=int,
         help="GPUs of the node; by default pool_size x tensor_parallel_size",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compile the step for the planned node here, which needs the extra aot and no "
+        "GPU, and show its memory and its order beside the plan",
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of tables")
     parser.add_argument(

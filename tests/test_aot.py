@@ -189,3 +189,34 @@ def test_a_gpu_without_kernels_says_so():
     )
     assert done.returncode != 0
     assert "attention='reference'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled_plan():
+    command = [sys.executable, "-m", "sidp_jax.plan", "--config", "qwen72b.yaml", "--json"]
+    command += ["--compile", f"model={SHAPES / 'qwen2.5_72b'}", "hardware=h200"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {step["mode"]: step for step in json.loads(done.stdout)["compiled"]}
+
+
+@pytest.mark.parametrize("mode", ["was", "cas"])
+def test_the_plan_knows_the_memory_of_the_compiled_step(compiled_plan, mode):
+    step = compiled_plan[mode]
+    planned = step["planned"]
+    arguments = planned["weights"] + planned["kv_cache"]
+    temporaries = planned["layer_buffers"] + planned["activations"]
+    assert arguments == pytest.approx(step["arguments"], rel=0.02)
+    assert planned["kv_cache"] == step["aliased"]
+    found = step["arguments"] + step["temporaries"]
+    assert arguments + temporaries == pytest.approx(found, rel=0.02)
+    # Of the temporaries it may promise a little too much, never too little.
+    assert step["temporaries"] <= temporaries <= 1.15 * step["temporaries"]
+
+
+def test_the_compiled_plan_shows_a_middle_layer(compiled_plan):
+    lines = compiled_plan["was"]["timeline"]
+    assert compiled_plan["was"]["layers"] == 16
+    assert lines[0].startswith("Layer 8 ")
+    kinds = [line.split()[0] for line in lines[1:]]
+    assert kinds.count("gemm") == kinds.count("start") == kinds.count("done") == 4
