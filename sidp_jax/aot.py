@@ -265,7 +265,9 @@ def compile_forward(
 
 
 def _compiler_options() -> dict[str, bool | str]:
-    """The flags of ``mesh.xla_flags``, for this compilation alone."""
+    """The flags of ``mesh.xla_flags``, for this compilation alone; those in XLA_FLAGS beat them."""
     words = {"true": True, "false": False}
-    pairs = (flag.removeprefix("--").split("=") for flag in xla_flags("gpu", 1))
+    present = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    flags = (flag for flag in xla_flags("gpu", 1) if flag.partition("=")[0] not in present)
+    pairs = (flag.removeprefix("--").split("=") for flag in flags)
     return {name: words.get(value, value) for name, value in pairs}

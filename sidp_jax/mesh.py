@@ -17,7 +17,9 @@ TENSOR = "tensor"
 PARAMETER_AXES = {"kv_heads": TENSOR, "ffn": TENSOR}
 
 # Without these, XLA copies every layer's slice of a stacked weight before its GEMMs, and runs
-# the fetches of a layer one after another in front of the compute instead of beneath it.
+# the fetches of a layer one after another in front of the compute instead of beneath it. XLA's
+# rematerialization counts the donated cache twice, and repeats fetches to save what it thinks too
+# much.
 _GPU_FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_experimental_parallel_collective_overlap_limit=4",

@@ -7,6 +7,7 @@ from fakes import make_model_folder
 
 from sidp_jax import startup
 from sidp_jax.config import ConfigError, EngineConfig
+from sidp_jax.mesh import xla_flags
 from sidp_jax.startup import check, count_gpus, resolve_platform, start_jax
 
 VARIABLES = (
@@ -144,6 +145,19 @@ def test_what_the_user_has_set_stays(tmp_path):
     flags = "--xla_force_host_platform_device_count=5 --xla_cpu_multi_thread_eigen=false"
     output = python(START, JAX_COMPILATION_CACHE_DIR=str(tmp_path), XLA_FLAGS=flags)
     assert output == f"5 {tmp_path} {flags}"
+
+
+def test_passes_that_the_user_disables_on_a_gpu_stay(monkeypatch):
+    flag = "--xla_disable_hlo_passes=algsimp"
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    startup._add_xla_flags(xla_flags("gpu", 8))
+    words = os.environ["XLA_FLAGS"].split()
+    assert words[0] == flag
+    assert sum(word.startswith("--xla_disable_hlo_passes") for word in words) == 1
+    assert len(words) == len(xla_flags("gpu", 8))
+    monkeypatch.delenv("XLA_FLAGS")
+    startup._add_xla_flags(xla_flags("gpu", 8))
+    assert "--xla_disable_hlo_passes=rematerialization" in os.environ["XLA_FLAGS"].split()
 
 
 def test_too_few_devices_by_the_users_own_flags():
