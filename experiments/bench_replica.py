@@ -46,8 +46,8 @@ from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
 
-BUFFERS = {REPLICATED: 0, WAS: 2, CAS: 1, CAS_STAGGERED: 7}
-"""Layers of temporaries that the cache leaves room for. XLA needs six for staggered CaS."""
+BUFFERS = {REPLICATED: 0, WAS: 2, CAS: 1, CAS_STAGGERED: 1}
+"""Layers of temporaries that the cache leaves room for."""
 
 TARGETS = {WAS: 1.05, CAS_STAGGERED: 1.15}
 """Most that a layer may take, in terms of ``replicated`` with the same tokens."""
@@ -352,19 +352,19 @@ class Bench:
         setting = estimate.Setting(
             model, self.hardware, item, form.page_size, form.max_model_len, 1.0
         )
+        computed = CAS if mode == CAS else REPLICATED
         candidate = estimate.Candidate(
             group.pool_size,
             group.tensor_size,
             1,
             form.program.layout.resident_layers,
-            (REPLICATED,),
+            (computed,),
             form.max_num_seqs,
             self._sizes(group, mode)[-1],
         )
         layer = estimate.layer_shape(model, group.tensor_size, item).weight_bytes
-        temporaries = BUFFERS[mode] * layer + estimate.activation_bytes(
-            setting, candidate, CAS if mode == CAS else REPLICATED
-        )
+        activations = estimate.activation_bytes(setting, candidate)[computed]
+        temporaries = int(BUFFERS[mode] * layer) + activations
         return bytes_per_device(form.weights()) + temporaries + self._sampling(form)
 
     def _sampling(self, form: Form) -> int:

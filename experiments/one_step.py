@@ -25,7 +25,15 @@ from sidp_jax.batch import BatchLayout, build_batch
 from sidp_jax.hardware import Hardware
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
+from sidp_jax.modes.policy import (
+    CAS,
+    REPLICATED,
+    WAS,
+    Policy,
+    fetch_seconds,
+    lockstep_hop_seconds,
+    staggered_hop_seconds,
+)
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import SamplingParams, Sequence
 from sidp_jax.scheduler import Chunk, StepPlan
@@ -322,11 +330,11 @@ def layer_policy(form: Form, mode: str, hardware: Hardware) -> Policy:
 
 def link_seconds(policy: Policy, mode: str, tokens: int) -> float:
     """Seconds that the link is busy for one layer (in staggered CaS: one stage), by the profile."""
+    shape, hardware = policy.shape, policy.hardware
     if mode == REPLICATED:
         return 0.0
     if mode == WAS:
-        return estimate.fetch_seconds(policy)
+        return fetch_seconds(shape, hardware)
     if mode == CAS:
-        return estimate.hop_seconds(policy, tokens)
-    fill = 1 + (policy.pool_size - 1) / policy.shape.num_layers
-    return policy.seconds(CAS_STAGGERED, tokens) / fill - policy.seconds(REPLICATED, tokens)
+        return lockstep_hop_seconds(tokens, policy.pool_size, shape, hardware)
+    return staggered_hop_seconds(tokens, shape, hardware)
