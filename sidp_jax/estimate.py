@@ -249,9 +249,9 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
     The residual stream and its normalised copy live beside either gate, up and their product, or
     queries, keys, values and the attention's result; later the logits and the parts that they are
     put together from. In lockstep CaS every GPU holds the tokens of all replicas; in staggered CaS
-    a guest's beside its own. In WaS one down projection arrives ahead of its layer only once gate
-    and up have been multiplied, and all buffers are free again at the logits. A mode's largest step
-    is the largest that the policy can pick it for, as only those are compiled.
+    a guest's beside its own. In WaS a down projection arrives ahead of its layer only once gate and
+    up have been multiplied, and all buffers are free again at the logits. A mode's largest step is
+    the largest that the policy can pick it for, as only those are compiled.
     """
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
     shape = layer_shape(model, size, item)
@@ -259,17 +259,16 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
     logits = LOGIT_BYTES * candidate.max_num_seqs * model.vocab_size
     exchanged = 2 * logits // size + (logits if size > 1 else 0)
     policy = policy_of(setting, candidate)
-    needed = {}
+    needed, resident = {}, candidate.resident_layers
     for mode in candidate.modes:
         sizes = [t for t in _buckets(candidate) if policy.may_run(mode, t)]
         rows = max(sizes, default=0) * (candidate.pool_size if mode == CAS else 1)
         streams = 4 if mode == CAS_STAGGERED else 2
         busiest = rows * (streams * shape.activation_bytes + inner)
         if mode == WAS:
-            pooled = model.num_layers - candidate.resident_layers
-            kernels, ahead = fetch_bytes(model, size, item, pooled)
+            kernels, ahead = fetch_bytes(model, size, item, model.num_layers - resident)
             product = rows * model.intermediate_size * item // size
-            at_down = rows * 2 * shape.activation_bytes + product
+            at_down = rows * streams * shape.activation_bytes + product
             needed[mode] = max(at_down, busiest - ahead, exchanged - kernels - ahead)
         else:
             needed[mode] = max(busiest, exchanged)

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+from sidp_jax.batch import token_buckets
 from sidp_jax.config import ConfigError, EngineConfig
-from sidp_jax.estimate import Candidate, Memory, Setting, memory
+from sidp_jax.estimate import Candidate, Memory, Setting, memory, policy_of
 from sidp_jax.hardware import load_profile
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import WAS
+from sidp_jax.settle import DTYPE_BYTES
 from sidp_jax.timeline import Timeline, read_timeline
 
 _ROWS = 2
@@ -68,7 +70,7 @@ def compile_plan(config: EngineConfig, plan: dict[str, Any]) -> list[Compiled]:
     setting = Setting(
         model=ModelConfig.from_pretrained(config.model_path),
         hardware=load_profile(plan["hardware"]["name"]),
-        dtype_bytes={"bfloat16": 2, "float32": 4}[config.dtype],
+        dtype_bytes=DTYPE_BYTES[config.dtype],
         page_size=config.page_size,
         max_model_len=plan["max_model_len"],
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -82,7 +84,7 @@ def compile_plan(config: EngineConfig, plan: dict[str, Any]) -> list[Compiled]:
 def compile_step(
     setting: Setting, candidate: Candidate, mode: str, layer_loop: str = "unrolled"
 ) -> Compiled:
-    """Compiles the largest step of one mode for the planned node.
+    """Compiles the largest step that may run in one mode for the planned node.
 
     Args:
         setting: What is planned for: model, GPU, lengths.
@@ -108,13 +110,16 @@ def compile_step(
     # The cache takes the memory that it takes with all layers.
     pages = whole.kv_tokens // setting.page_size * setting.model.num_layers // layers
     setting = replace(setting, model=replace(setting.model, num_layers=layers))
+    policy = policy_of(setting, candidate)
+    sizes = token_buckets(candidate.max_num_batched_tokens)
+    tokens = max((size for size in sizes if policy.may_run(mode, size)), default=sizes[0])
     candidate = replace(
         candidate,
+        max_num_batched_tokens=tokens,
         modes=(mode,),
         num_kv_pages=pages,
         resident_layers=min(candidate.resident_layers, layers),
     )
-    tokens = candidate.max_num_batched_tokens
     try:
         compiled = compile_forward(
             setting.model,
@@ -130,7 +135,7 @@ def compile_step(
             page_size=setting.page_size,
             max_num_seqs=candidate.max_num_seqs,
             max_pages_per_seq=ceil(setting.max_model_len / setting.page_size),
-            dtype={2: "bfloat16", 4: "float32"}[setting.dtype_bytes],
+            dtype=dict(map(reversed, DTYPE_BYTES.items()))[setting.dtype_bytes],
         )
     except RuntimeError as error:
         raise ConfigError(f"--compile: {error}") from error

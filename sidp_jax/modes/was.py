@@ -10,8 +10,9 @@ that touch one row of the slab alone, are ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import jax
@@ -21,7 +22,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from sidp_jax.kv_cache import KVCache
 from sidp_jax.mesh import POOL
-from sidp_jax.models.decoder import ATTENTION, FEED_FORWARD, LayerParams, bind_layer
+from sidp_jax.models.decoder import ATTENTION, FEED_FORWARD, DecoderLayer, LayerParams, bind_layer
 from sidp_jax.modes.loop import (
     Index,
     LayerContext,
@@ -59,6 +60,8 @@ def run_layers(
     ]
     slab = local_slab(weights.pooled)
     vectors = _gather_vectors(slab)
+    first = _Source(slab, vectors, 0, 0, context.platform)
+    stages = _Stages(context, first.spec())
 
     def super_step(carry, k: Index, behind: list[Span]):
         x, kv, buffer = carry
@@ -68,11 +71,11 @@ def run_layers(
                 # Nothing but resident layers can run before the first fetch has arrived. The last
                 # kernel is fetched while the first layer runs, if that is in this super-step.
                 kernels = _KERNELS[:-1] if len(behind) > 1 else _KERNELS
-                arriving, x = source.fetch(kernels, after=x)
+                row, x = source.read(kernels, after=x)
+                arriving, x = source.fetch(row, kernels, after=x)
                 buffer = {**arriving, **source.vectors()}
             else:
-                first = _Source(slab, vectors, 0, 0, context.platform)
-                x, kv, buffer = _run_fetched(context, buffer, source, first, span.pooled, x, kv)
+                x, kv, buffer = _run_fetched(stages, buffer, source, first, span.pooled, x, kv)
             x, kv = run_resident(context, weights.resident, span, x, kv)
         return x, kv, buffer
 
@@ -82,7 +85,7 @@ def run_layers(
 
 
 def _run_fetched(
-    context: LayerContext,
+    stages: _Stages,
     buffer: LayerParams,
     source: _Source,
     first: _Source,
@@ -93,7 +96,7 @@ def _run_fetched(
     """``LayerContext.run_layer``, while the next layer is fetched.
 
     Args:
-        context: What every layer needs.
+        stages: The parts of a layer.
         buffer: The layer; of the first pooled one the down projection is missing.
         source: Where the next layer is.
         first: Where the first pooled layer is.
@@ -104,26 +107,79 @@ def _run_fetched(
     Returns:
         The activations and the cache after the layer, and the next layer.
     """
-    absent = {} if _DOWN in buffer else {_DOWN: first.spec(_DOWN)}
-    bound = bind_layer(context.config, {**buffer, **absent})
-    with jax.named_scope("pre_attention"):
-        q, k, v = bound.pre_attention(x, context.positions)
-    with jax.named_scope("attention"):
-        attended, kv = context.attend(q, k, v, kv, layer)
-    with jax.named_scope("post_attention"):
-        x = bound.add_attention(x, attended, context.reduce)
-        if absent:
-            missing, x = first.fetch([_DOWN], after=x)
-            buffer = {**buffer, **missing}
-        early, x = source.fetch(ATTENTION, after=x)
-        gated = bound.feed_forward(x)
-        # What was fetched before has to be here first: then the link, which is busy with that
-        # up to now, has nothing else to do, and XLA cannot start these later.
-        tied = (gated, early, buffer[_DOWN])
-        late, (gated, early, down) = source.fetch(FEED_FORWARD, after=tied)
-        bound = bind_layer(context.config, {**buffer, _DOWN: down})
-        x = bound.add_feed_forward(x, gated, context.reduce)
-    return x, kv, {**early, **late, **source.vectors()}
+    x, kv = stages.attention(_only(buffer, ATTENTION), layer, x, kv)
+    if _DOWN not in buffer:
+        row, x = first.read([_DOWN], after=x)
+        missing, x = first.fetch(row, [_DOWN], after=x)
+        buffer = {**buffer, **missing}
+    row, (x, up) = source.read((*ATTENTION, _UP), after=(x, buffer[_UP]))
+    early, x = source.fetch(row, ATTENTION, after=x)
+    gated = stages.up({**_only(buffer, ()), _UP: up}, x)
+    # What was fetched before has to be here first: then the link, which is busy with that up to
+    # now, has nothing else to do, and XLA cannot start these later.
+    late, tied = source.fetch(row, [_UP], after=(gated, early, buffer[_DOWN]))
+    row, tied = source.read([_DOWN], after=tied)
+    last, (gated, early, down) = source.fetch(row, [_DOWN], after=tied)
+    x = stages.down({_DOWN: down}, x, gated)
+    return x, kv, {**early, **late, **last, **source.vectors()}
+
+
+def _only(buffer: LayerParams, kernels: Sequence[str]) -> LayerParams:
+    """Some kernels of a layer, and all its vectors."""
+    left_out = set(_KERNELS) - set(kernels)
+    return {name: array for name, array in buffer.items() if name not in left_out}
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The parts of a layer that fetches start between, each traced once per program.
+
+    Attributes:
+        context: What every layer needs.
+        specs: Shape and type of every parameter of a layer.
+    """
+
+    context: LayerContext
+    specs: LayerParams
+
+    @cached_property
+    def attention(self) -> Callable[..., tuple[jax.Array, KVCache]]:
+        """``attention(parameters, layer, x, kv) -> (x, kv)``."""
+
+        def attention(parameters: LayerParams, layer: Index, x: jax.Array, kv: KVCache):
+            bound = self._bind(parameters)
+            with jax.named_scope("pre_attention"):
+                q, k, v = bound.pre_attention(x, self.context.positions)
+            with jax.named_scope("attention"):
+                attended, kv = self.context.attend(q, k, v, kv, layer)
+            with jax.named_scope("post_attention"):
+                return bound.add_attention(x, attended, self.context.reduce), kv
+
+        return jax.jit(attention)
+
+    @cached_property
+    def up(self) -> Callable[..., jax.Array]:
+        """``up(parameters, x) -> gated``."""
+
+        def up(parameters: LayerParams, x: jax.Array) -> jax.Array:
+            with jax.named_scope("post_attention"):
+                return self._bind(parameters).feed_forward(x)
+
+        return jax.jit(up)
+
+    @cached_property
+    def down(self) -> Callable[..., jax.Array]:
+        """``down(parameters, x, gated) -> x``."""
+
+        def down(parameters: LayerParams, x: jax.Array, gated: jax.Array) -> jax.Array:
+            with jax.named_scope("post_attention"):
+                bound = self._bind(parameters)
+                return bound.add_feed_forward(x, gated, self.context.reduce)
+
+        return jax.jit(down)
+
+    def _bind(self, parameters: LayerParams) -> DecoderLayer:
+        return bind_layer(self.context.config, {**self.specs, **parameters})
 
 
 @dataclass(frozen=True)
@@ -145,50 +201,53 @@ class _Source:
     owner: int
     platform: str
 
-    def spec(self, name: str) -> jax.ShapeDtypeStruct:
-        """Shape and type of one of the layer's parameters."""
-        return jax.eval_shape(lambda slab: take(slab, 0)[name], self.slab)
+    def spec(self) -> LayerParams:
+        """Shape and type of each of the layer's parameters."""
+        return jax.eval_shape(lambda slab: take(slab, 0), self.slab)
 
     def vectors(self) -> LayerParams:
         """The layer's small parameters, which are here already."""
         return {name: array[self.owner, self.row] for name, array in self.gathered.items()}
 
-    def fetch(self, names: Sequence[str], *, after: Tied) -> tuple[LayerParams, Tied]:
+    def read(self, names: Sequence[str], *, after: Tied) -> tuple[LayerParams, Tied]:
+        """Kernels of the row, as ``fetch`` wants them.
+
+        A collective reads no slice in place: on a GPU the scan form copies the kernels, and what
+        follows is tied to the copies. With an index of its own each owner's copy is made before its
+        fetch; shared by all owners it would be held for the whole super-step.
+        """
+        row, copies = self.row, not isinstance(self.slab, tuple) and self.platform == "gpu"
+        if copies:
+            row, after = jax.lax.optimization_barrier((jnp.asarray(row, jnp.int32), after))
+        kernels = {name: array for name, array in take(self.slab, row).items() if name in names}
+        return jax.lax.optimization_barrier((kernels, after)) if copies else (kernels, after)
+
+    def fetch(
+        self, kernels: LayerParams, names: Sequence[str], *, after: Tied
+    ) -> tuple[LayerParams, Tied]:
         """Some of the layer's kernels, on every replica.
 
         Args:
-            names: Their names.
+            kernels: What ``read`` returned.
+            names: Those wanted, in the order in which they are to arrive.
             after: Arrays that the fetch may not start before. Without that XLA issues every fetch
                 at the top of the step, or several as one, and holds a buffer for every layer.
 
         Returns:
             The kernels, and ``after``, through which whatever follows is tied to the fetch.
         """
+        wanted = {name: kernels[name] for name in names}
         with jax.named_scope("fetch"):
             if self.platform != "gpu":
                 mine = (jax.lax.axis_index(POOL) == self.owner) & _true_after(after)
-                kept = {
-                    name: jnp.where(mine, array, 0)
-                    for name, array in take(self.slab, self.row).items()
-                    if name in names
-                }
+                kept = {name: jnp.where(mine, array, 0) for name, array in wanted.items()}
                 return jax.lax.psum(kept, POOL), after
-            row, after = self._row_after(names, after)
+            wanted, after = jax.lax.optimization_barrier((wanted, after))
             fetched = {}
             for name in names:
                 with set_xla_metadata(**(_EARLY_START if name in FEED_FORWARD else {})):
-                    fetched[name] = jax.lax.pbroadcast(row[name], (POOL,), self.owner)
+                    fetched[name] = jax.lax.pbroadcast(wanted[name], (POOL,), self.owner)
             return fetched, after
-
-    def _row_after(self, names: Sequence[str], after: Tied) -> tuple[LayerParams, Tied]:
-        """Kernels of the row, not known before other arrays are."""
-        if isinstance(self.slab, tuple):
-            row = {name: self.slab[self.row][name] for name in names}
-            return jax.lax.optimization_barrier((row, after))
-        # A collective reads no slice in place. With an index of its own each slice is copied when
-        # its fetch starts; shared by the owners it would be held for the whole super-step.
-        index, after = jax.lax.optimization_barrier((jnp.asarray(self.row, jnp.int32), after))
-        return take({name: self.slab[name] for name in names}, index), after
 
 
 def _gather_vectors(slab: LayerStack) -> LayerParams:
