@@ -41,7 +41,7 @@ from report import Report
 
 from sidp_jax import aot, estimate
 from sidp_jax.checkpoint import load_weights
-from sidp_jax.hardware import Hardware, load_profile
+from sidp_jax.hardware import Hardware, as_values, load_profile
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
@@ -489,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     devices, profile, what = start(options)
     hardware = load_profile(profile)
     usable = usable_bytes(options, hardware)
-    report = Report(what, options.out, hardware=vars(hardware), usable_bytes=usable)
+    report = Report(what, options.out, hardware=as_values(hardware), usable_bytes=usable)
     bench = Bench(options, report, devices, hardware, usable)
     for folder in options.model:
         with report.errors(model=folder):
