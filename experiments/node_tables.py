@@ -21,6 +21,15 @@ _RATIOS = {
 }
 
 
+_MARKERS = {
+    "plain DP": ("x", "tab:gray"),
+    "was": ("^", "tab:orange"),
+    "cas": ("v", "tab:green"),
+    "pooled": ("s", "tab:blue"),
+    "auto": ("o", "black"),
+}
+
+
 def print_tables(report: dict[str, Any]) -> None:
     """Prints both tables for every node."""
     console = Console(width=150, highlight=False, markup=False)
@@ -34,7 +43,7 @@ def print_tables(report: dict[str, Any]) -> None:
 
 
 def _capacity(name: str, node: Node) -> Table:
-    table = Table(title=f"{name}: KV tokens per GPU, simulated", title_justify="left")
+    table = Table(title=f"{name}: KV tokens per GPU, estimated", title_justify="left")
     for column in ("TP", "plain", "pooled", "ratio"):
         table.add_column(column, justify="right")
     for row in node["kv_capacity"]:
@@ -136,34 +145,40 @@ def _draw_capacity(figure: Any, report: dict[str, Any], folder: Path) -> None:
             axis.bar([i + offset for i in range(len(rows))], values, 0.4, label=key)
         axis.set_xticks(range(len(rows)), [f"TP{row['tensor_parallel_size']}" for row in rows])
         axis.set(title=name, ylabel="thousand KV tokens per GPU")
-    axis.legend()
-    figure.suptitle("KV cache per GPU, plain and pooled over the node: simulated, not measured")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle("KV cache per GPU, plain and pooled over the node: estimated, not measured")
     figure.savefig(folder / "simulated_kv.png", format="png", dpi=110)
 
 
 def _draw_throughput(figure: Any, report: dict[str, Any], folder: Path) -> None:
-    styles = {"auto": ("o", "black"), "pooled": ("s", "tab:blue"), "was": ("^", "tab:orange")}
-    styles |= {"cas": ("v", "tab:green")}
     for name, node, axis in _grid(figure, report):
         works = node["workloads"]
-        for key, (marker, colour) in styles.items():
-            values = [work[f"{key}_over_best_plain"] for work in works]
-            places = [i for i, value in enumerate(values) if value]
-            shown = [value for value in values if value]
-            face = "none" if key == "auto" else colour
-            axis.scatter(
-                places, shown, marker=marker, edgecolors=colour, facecolors=face, label=key
-            )
+        for number, (key, (marker, colour)) in enumerate(_MARKERS.items()):
+            offset = 0.15 * (number - (len(_MARKERS) - 1) / 2)
+            points = [
+                (place + offset, _over_best_plain(work, key))
+                for place, work in enumerate(works)
+                if key in work["configurations"] and work["best_plain"]
+            ]
+            places, ratios = [x for x, _ in points], [y for _, y in points]
+            axis.scatter(places, ratios, marker=marker, color=colour, label=key)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.axhspan(0, 1, color="tab:red", alpha=0.06)
+        axis.axhspan(0, 1, color="tab:red", alpha=0.06, linewidth=0)
         labels = [f"{_short(w['prompt'])}/{_short(w['output'])}" for w in works]
         axis.set_xticks(range(len(works)), labels, rotation=60, fontsize=8)
-        axis.set(title=name, ylim=(0, 1.4))
-    axis.legend(fontsize=8)
-    figure.supxlabel("tokens in / out")
-    figure.supylabel("throughput over the best plain DP x TP; red: pooling loses")
-    figure.suptitle("Throughput of a node in the steady state: simulated, not measured")
+        axis.set(title=name, ylim=(0, 1.3), xlim=(-0.5, len(works) - 0.5))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.supylabel("over the best plain DP x TP")
+    figure.suptitle(
+        "Output tokens/s of a node over that of the best plain DP x TP, by tokens in / out: "
+        "simulated, not measured"
+    )
     figure.savefig(folder / "simulated_throughput.png", format="png", dpi=110)
+
+
+def _over_best_plain(work: dict[str, Any], key: str) -> float:
+    rows = work["configurations"]
+    return rows[key]["output_tokens_per_s"] / rows[work["best_plain"]]["output_tokens_per_s"]
 
 
 def _short(tokens: int) -> str:

@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given, settings
@@ -205,6 +206,30 @@ def test_validation_replays_the_measured_command(tmp_path):
     path.write_text(json.dumps(report | {"command": "python other.py"}))
     with pytest.raises(ValueError, match="is not one of bench_offline"):
         simulate_node.validate(path)
+
+
+def test_figures_show_every_ratio_to_the_best_plain_one(monkeypatch, tmp_path):
+    figure, axis = MagicMock(), MagicMock()
+    axis.get_legend_handles_labels.return_value = ([], [])
+    figure.subplots.return_value.flat = [axis]
+    module = MagicMock()
+    module.Figure.return_value = figure
+    monkeypatch.setitem(sys.modules, "matplotlib", MagicMock())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    rates = {"DP x TP2": 100.0, "DP x TP4": 80.0, "was": 90.0, "cas": 50.0, "pooled": 95.0}
+    work = {
+        "prompt": 2048,
+        "output": 64,
+        "best_plain": "DP x TP2",
+        "configurations": {n: {"output_tokens_per_s": r} for n, r in rates.items()},
+    }
+    node = {"workloads": [work], "kv_capacity": [{"tensor_parallel_size": 8, "plain": 5}]}
+    node_tables.draw_figures({"nodes": {"8 x h200, m": node}}, tmp_path)
+    drawn = {c.kwargs["label"]: c.args[1] for c in axis.scatter.call_args_list}
+    assert drawn == {"plain DP": [], "was": [0.9], "cas": [0.5], "pooled": [0.95], "auto": []}
+    titles = [call.args[0] for call in figure.suptitle.call_args_list]
+    assert ["not measured" in title for title in titles] == [True, True]
+    assert axis.bar.call_args.args[1] == [0], "a pool of TP8 has one replica, and is none"
 
 
 def test_figures_need_matplotlib(monkeypatch, tmp_path):
