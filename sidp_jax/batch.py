@@ -128,10 +128,10 @@ def token_buckets(max_num_batched_tokens: int, max_num_seqs: int = 1) -> tuple[i
     Up to some 128 tokens a GPU's matrix products take as long as their weights take to read, so
     padding costs next to nothing; beyond it costs in proportion. Steps of decode alone, of up to
     ``max_num_seqs`` tokens, come in any size: four sizes to an octave there. Longer ones are filled
-    with prefill up to a size: two.
+    with prefill up to a size: two, and one from 4096 on.
     """
     octaves = [2**i for i in range(7, max_num_batched_tokens.bit_length())]
-    sizes = {16, 64, *octaves, *(n * 3 // 2 for n in octaves)}
+    sizes = {16, 64, *octaves, *(n * 3 // 2 for n in octaves if n < 4096)}
     sizes |= {n * k // 4 for n in octaves for k in (5, 7) if n * k // 4 < max_num_seqs}
     most = max_num_batched_tokens
     return *sorted(n for n in sizes if n < most), most

@@ -14,6 +14,7 @@ from sidp_jax.compilation import compilations
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import Policy, PolicyState, Switch
 from sidp_jax.request import (
+    SAMPLERS,
     CompletionOutput,
     Logprob,
     RequestError,
@@ -22,7 +23,7 @@ from sidp_jax.request import (
     Sequence,
     derive_seed,
 )
-from sidp_jax.runner import VARIANTS, Runner
+from sidp_jax.runner import Runner
 from sidp_jax.sampling import Sampled
 from sidp_jax.scheduler import Scheduler, StepPlan
 from sidp_jax.tokenizer import Detokenizer, Tokenizer
@@ -259,7 +260,7 @@ class Engine:
         mode = self._decision.mode
         self.stats.steps[mode] += 1
         needed = {chunk.sequence.params.sampler for chunks in plan.replicas for chunk in chunks}
-        variant = max(needed, key=VARIANTS.index)
+        variant = max(needed, key=SAMPLERS.index)
         buffer = build_batch(plan, batch, self.runner.shapes.page_size)
         return _Launched(plan, self.runner.launch(mode, variant, batch, buffer))
 

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal, get_args, no_type_check
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 16
@@ -16,7 +16,8 @@ _INT32_MAX = 2**31 - 1  # integers travel to the device in int32 ...
 _TINY, _HUGE = 1e-30, 1e30  # ... and reals in float32, with room for a division
 _MIN_TEMPERATURE = 0.01  # vLLM's: below it, logits / temperature could overflow
 
-SamplerVariant = Literal["greedy", "random", "full"]  # each does all that those before it do
+SamplerVariant = Literal["greedy", "random", "top", "full"]
+SAMPLERS = get_args(SamplerVariant)  # each does all that those before it do
 
 
 class RequestError(ValueError):
@@ -125,7 +126,9 @@ class SamplingParams:
             or self.logprobs is not None
         ):
             return "full"
-        return "greedy" if self.temperature == 0 else "random"
+        if self.temperature == 0:
+            return "greedy"
+        return "top" if self.top_k > 0 or self.top_p < 1 else "random"
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

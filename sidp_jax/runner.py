@@ -19,14 +19,11 @@ from sidp_jax import sampling
 from sidp_jax.batch import BatchLayout
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.pool import kv_bytes_per_page, padded_vocab
+from sidp_jax.request import SAMPLERS
 from sidp_jax.step import StepProgram
 from sidp_jax.weights import Weights
 
 logger = logging.getLogger(__name__)
-
-VARIANTS = ("greedy", "random", "full")
-"""The sampler's programs, each able to do what those before it do."""
-
 
 Step = tuple[str, BatchLayout]
 """What a forward program is compiled for: a mode, and a shape of the batch."""
@@ -88,7 +85,7 @@ class Runner:
         started = time.monotonic()
         pool = self.program.layout.pool_size
         lowered = {step: self._lower_forward(*step) for step in self.steps}
-        samplers = {variant: self._lower_sampler(variant) for variant in VARIANTS}
+        samplers = {variant: self._lower_sampler(variant) for variant in SAMPLERS}
         new_state = jax.jit(
             lambda: jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._state_spec()
@@ -106,7 +103,7 @@ class Runner:
         self._last_tokens = jax.device_put(
             np.zeros((pool, self.shapes.max_num_seqs), np.int32), self.program.per_replica()
         )
-        for (mode, batch), variant in product(self.steps, VARIANTS):
+        for (mode, batch), variant in product(self.steps, SAMPLERS):
             self.launch(mode, variant, batch, batch.empty(pool))
         jax.block_until_ready(self._kv)
         logger.info(

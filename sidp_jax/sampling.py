@@ -1,7 +1,8 @@
 """Sampling on the device: from a row of logits per sequence to a token per sequence.
 
-Three programs, chosen by the host from what the step's requests ask for: ``greedy``, ``random``
-(temperature, top-k, top-p, min-p) and ``full`` (the same with penalties, min_tokens and logprobs).
+Four programs, chosen by the host from what the step's requests ask for: ``greedy``, ``random``
+(temperature, min-p), ``top`` (also top-k and top-p) and ``full`` (also penalties, min_tokens and
+logprobs).
 The options mean what they mean in vLLM, and apply in its order: penalties and the min_tokens mask,
 temperature, min-p, top-k, then top-p of what top-k kept.
 
@@ -27,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from sidp_jax.batch import StepBatch
+from sidp_jax.request import SAMPLERS
 
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM
@@ -34,7 +36,6 @@ MIN_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM
 # integers need an end, and this one lies below what float32 noise resolves.
 MIN_WEIGHT = 2.0**-31
 GROUP = 128
-CANDIDATE_GROUPS = 128
 WEIGHT_BITS = 30  # the bits of a float32 in [0, 1], read as an integer, are below 2**30
 DIGIT_BITS = 3
 SUM_BITS = 30  # sums of fixed-point weights stay below about 2**SUM_BITS
@@ -53,7 +54,7 @@ class SamplerState(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What one step sampled. Without logprobs (``greedy``, ``random``) all but the tokens is None.
+    """What one step sampled. Without logprobs (all variants but ``full``) it is the tokens alone.
 
     Attributes:
         tokens: The sampled tokens.
@@ -87,7 +88,7 @@ def sample(
         batch: The step's batch; per row ``seeds``, ``output_index``, ``temperature`` (0 is greedy),
             ``top_k`` (0 is all), ``top_p``, ``min_p``; for ``full`` also ``slots``, ``presence``,
             ``frequency``, ``repetition``, ``banned_until`` and ``stop_ids``.
-        variant: ``greedy`` (the likeliest token), ``random`` or ``full``; static.
+        variant: One of ``request.SAMPLERS``; static. What it cannot do is not done.
         vocab_size: Ids from here on are padding and never sampled; static.
         state: For ``full``: the state after ``update_state`` with the tokens of this very step.
 
@@ -98,8 +99,8 @@ def sample(
         ValueError: for an unknown variant, ``full`` without a state, or logits that are not
             float32 of at least ``vocab_size`` columns.
     """
-    if variant not in ("greedy", "random", "full"):
-        raise ValueError(f"{variant=} must be greedy, random or full")
+    if variant not in SAMPLERS:
+        raise ValueError(f"{variant=} must be one of {', '.join(SAMPLERS)}")
     if logits.dtype != jnp.float32:
         raise ValueError(f"logits are {logits.dtype}, must be float32: cast them first")
     if not 0 < vocab_size <= logits.shape[1]:
@@ -111,11 +112,11 @@ def sample(
         raw = _grouped(logits, vocab_size)
         if variant == "greedy":
             return Sampled(_argmax(raw))
-        if variant == "random":
-            return Sampled(_draw(raw, batch, vocab_size))
+        if variant != "full":
+            return Sampled(_draw(raw, batch, vocab_size, variant))
         # Without the barrier every pass would read the counts again.
         penalised = lax.optimization_barrier(_penalise(logits, batch, state))
-        tokens = _draw(_grouped(penalised, vocab_size), batch, vocab_size)
+        tokens = _draw(_grouped(penalised, vocab_size), batch, vocab_size, variant)
         return Sampled(tokens, *_logprobs(raw, tokens, vocab_size))
 
 
@@ -180,7 +181,7 @@ class _Weights(NamedTuple):
 
 
 def _draw(
-    logits: Float[Array, "rows groups lanes"], batch: StepBatch, vocab_size: int
+    logits: Float[Array, "rows groups lanes"], batch: StepBatch, vocab_size: int, variant: str
 ) -> Int[Array, "rows"]:
     """One token per row: the likeliest where the temperature is 0, else a random one.
 
@@ -190,7 +191,7 @@ def _draw(
     greedy = batch.temperature < MIN_TEMPERATURE
     group_max = logits.max(-1)
     weigh = _Weights.of(group_max.max(-1), batch.temperature)
-    threshold = _threshold(logits, group_max, weigh, batch, vocab_size)
+    threshold = _threshold(logits, weigh, batch, vocab_size, variant)
     weights = weigh(logits)
     kept = jnp.where(weights >= threshold[:, None, None], weights, 0)
     mass = _group_mass(kept, weigh(group_max))
@@ -247,51 +248,27 @@ def _power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
 
 def _threshold(
     logits: Float[Array, "rows groups lanes"],
-    group_max: Float[Array, "rows groups"],
     weigh: _Weights,
     batch: StepBatch,
     vocab_size: int,
+    variant: str,
 ) -> Float[Array, "rows"]:
     """The smallest weight that min-p, top-k and top-p keep; 0 where they keep everything.
 
     Weights that are equal in float32 are kept or dropped together: ties at the threshold are kept.
 
-    Where no row asks for top-k or top-p nothing is searched, and where the best groups of every row
-    hold all that it may keep, only those. A row's threshold is the same by every branch, so the
-    other rows, which decide on the branch, do not matter to it.
+    What is searched for is known to the host, by the variant. A branch on the device would make
+    the host wait for its outcome at every step, and the device for the host after that.
     """
-    is_random = batch.temperature >= MIN_TEMPERATURE
-    uses_k = is_random & (batch.top_k > 0) & (batch.top_k < vocab_size)
-    uses_p = is_random & (batch.top_p < 1)
-
-    def search(x: Float[Array, "rows some lanes"]) -> Float[Array, "rows"]:
-        weights = lax.optimization_barrier(weigh(x).reshape(x.shape[0], -1))
-        by_k = _top_k_threshold(weights, batch.top_k)
-        floor = jnp.maximum(batch.min_p, jnp.where(uses_k, by_k, 0))
-        by_p = _top_p_threshold(weights, floor, batch.top_p, vocab_size)
-        return jnp.where(uses_p, by_p, floor)
-
-    def search_all() -> Float[Array, "rows"]:
-        return search(logits)
-
-    def no_search() -> Float[Array, "rows"]:
+    if variant == "random":
         return batch.min_p
-
-    branches, branch = [no_search, search_all], (uses_k | uses_p).any().astype(jnp.int32)
-    if group_max.shape[1] > 2 * CANDIDATE_GROUPS:
-        best, ids = lax.top_k(group_max, CANDIDATE_GROUPS + 1)
-        best = weigh(best)
-        outside = best[:, -1:]
-        # k groups hold a token above all tokens outside, so the k best are inside.
-        holds_k = uses_k & ((best > outside).sum(-1) >= batch.top_k)
-        holds_all = outside[:, 0] == 0
-        fits = (holds_k | holds_all | ~(uses_k | uses_p)).all()
-
-        def search_candidates() -> Float[Array, "rows"]:
-            return search(jnp.take_along_axis(logits, ids[:, :-1, None], axis=1))
-
-        branches, branch = [*branches, search_candidates], jnp.where(fits, branch * 2, branch)
-    return lax.switch(branch, branches)
+    is_random = batch.temperature >= MIN_TEMPERATURE
+    weights = lax.optimization_barrier(weigh(logits).reshape(logits.shape[0], -1))
+    uses_k = is_random & (batch.top_k > 0) & (batch.top_k < vocab_size)
+    by_k = _top_k_threshold(weights, batch.top_k)
+    floor = jnp.maximum(batch.min_p, jnp.where(uses_k, by_k, 0))
+    by_p = _top_p_threshold(weights, floor, batch.top_p, vocab_size)
+    return jnp.where(is_random & (batch.top_p < 1), by_p, floor)
 
 
 def _top_k_threshold(

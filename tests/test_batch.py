@@ -15,7 +15,7 @@ from sidp_jax.batch import (
     unpack,
     widen,
 )
-from sidp_jax.request import SamplingParams, Sequence
+from sidp_jax.request import SAMPLERS, SamplingParams, Sequence
 from sidp_jax.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
 
 PAGE_SIZE = 4
@@ -245,9 +245,8 @@ def test_token_buckets(most, seqs, buckets):
 
 
 def test_a_run_has_at_most_20_programs():
-    samplers = 3
-    assert len(token_buckets(8192, 256)) + samplers <= 20
-    assert len(token_buckets(2048, 512)) + samplers <= 20
+    assert len(token_buckets(8192, 256)) + len(SAMPLERS) <= 20
+    assert len(token_buckets(2048, 512)) + len(SAMPLERS) <= 20
 
 
 def test_widen_adds_room_for_tokens_and_nothing_else():

@@ -81,6 +81,8 @@ def test_tiny_temperatures_are_raised_and_zero_stays():
         ({"temperature": 0, "top_k": 5, "top_p": 0.5}, "greedy"),
         ({}, "random"),
         ({"min_p": 0.1}, "random"),
+        ({"top_k": 5}, "top"),
+        ({"top_p": 0.9}, "top"),
         ({"temperature": 0, "presence_penalty": 0.1}, "full"),
         ({"frequency_penalty": -0.1}, "full"),
         ({"repetition_penalty": 1.1}, "full"),

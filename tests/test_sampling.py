@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from sidp_jax import sampling
 from sidp_jax.batch import BatchLayout, StepBatch, unpack
+from sidp_jax.request import SAMPLERS
 from sidp_jax.sampling import (
     GROUP,
     MAX_LOGPROBS,
@@ -17,15 +18,7 @@ from sidp_jax.sampling import (
     update_state,
 )
 
-CANDIDATE_GROUPS = 8  # fewer than in real use, so that small vocabularies take all paths
-WIDE = 2 * CANDIDATE_GROUPS * GROUP + 1000  # wide enough to search among candidates only
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_candidates():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "CANDIDATE_GROUPS", CANDIDATE_GROUPS)
-        yield
+WIDE = 3000  # several groups of tokens, the last one not full
 
 
 def make_batch(rows: int, **fields) -> StepBatch:
@@ -47,7 +40,7 @@ def run_sample(logits, batch, variant, vocab_size, state=None):
     return sampling.sample(logits, batch, variant=variant, vocab_size=vocab_size, state=state)
 
 
-def draw(logits, batch, vocab_size=None, variant="random", state=None) -> np.ndarray:
+def draw(logits, batch, vocab_size=None, variant="top", state=None) -> np.ndarray:
     logits = jnp.asarray(logits, jnp.float32)
     vocab_size = vocab_size or logits.shape[1]
     return np.asarray(run_sample(logits, batch, variant, vocab_size, state).tokens)
@@ -59,9 +52,8 @@ def draw(logits, batch, vocab_size=None, variant="random", state=None) -> np.nda
 @partial(jax.jit, static_argnames="vocab_size")
 def _kept(logits, batch, vocab_size):
     grouped = sampling._grouped(logits, vocab_size)
-    group_max = grouped.max(-1)
-    weigh = sampling._Weights.of(group_max.max(-1), batch.temperature)
-    threshold = sampling._threshold(grouped, group_max, weigh, batch, vocab_size)
+    weigh = sampling._Weights.of(grouped.max((1, 2)), batch.temperature)
+    threshold = sampling._threshold(grouped, weigh, batch, vocab_size, "top")
     weights = weigh(grouped)
     kept = (weights > 0) & (weights >= threshold[:, None, None])
     return kept.reshape(len(logits), -1)
@@ -210,34 +202,18 @@ def test_token_depends_on_its_row_alone(vocab_size):
     np.testing.assert_array_equal(tokens[places], together)
 
 
-def test_token_is_the_same_by_every_search(monkeypatch):
-    """With and without the short cuts, which the other rows can switch on and off."""
-    branches = []
-
-    def switch(index, functions):
-        branches.append(int(index))
-        return functions[int(index)]()
-
-    monkeypatch.setattr(sampling.lax, "switch", switch)
+def test_token_is_the_same_by_every_variant_that_can_do_it():
+    """The other rows of a step decide which variant runs."""
     logits = random_logits(np.random.default_rng(1), 41, WIDE)
     logits[40] = 0  # ties everywhere
-    grouped = sampling._grouped(jnp.asarray(logits), WIDE)
-    fields = {"top_k": np.resize([1, 3, 6], 41), "top_p": np.resize([0.9, 1.0], 41)}
-
-    def tokens(rows: int, **fields) -> list[int]:
-        fields = {name: values[:rows] for name, values in fields.items()}
-        batch = make_batch(rows, **fields)
-        return sampling._draw(grouped[:rows], batch, WIDE)[:40].tolist()
-
-    by_candidates, by_all = tokens(40, **fields), tokens(41, **fields)
-    assert by_candidates == by_all
-    untouched = {"top_k": np.zeros(41), "top_p": np.ones(41)}
-    without = tokens(40, **untouched)
-    untouched["top_p"][40] = 0.5
-    assert tokens(41, **untouched) == without
-    # At a low temperature the mass is in few groups, also without a top-k.
-    assert len(tokens(40, temperature=np.full(40, 0.05), top_p=np.full(40, 0.9))) == 40
-    assert branches == [2, 1, 0, 1, 2]
+    state = sampling.init_state(41, WIDE)
+    for fields in ({}, {"min_p": 0.2}, {"temperature": 0}):
+        batch = make_batch(41, **fields)
+        by_random, by_top = (draw(logits, batch, variant=v) for v in ("random", "top"))
+        np.testing.assert_array_equal(by_random, by_top)
+    batch = make_batch(41, top_k=np.resize([1, 3, 6], 41), top_p=np.resize([0.9, 1.0], 41))
+    by_full = draw(logits, batch, variant="full", state=state)
+    np.testing.assert_array_equal(draw(logits, batch), by_full)
 
 
 def test_tokens_do_not_depend_on_settings_of_jax():
@@ -252,13 +228,13 @@ def test_broken_rows_stay_in_the_vocabulary_and_harm_no_other():
     batch = make_batch(5, top_k=30, top_p=0.9)
     expected = draw(logits, batch)
     logits[1], logits[3] = np.nan, -np.inf
-    for variant in ["greedy", "random"]:
+    for variant in ["greedy", "random", "top"]:
         tokens = draw(logits, batch, variant=variant)
         assert ((tokens >= 0) & (tokens < 200)).all()
     np.testing.assert_array_equal(draw(logits, batch)[[0, 2, 4]], expected[[0, 2, 4]])
 
 
-@pytest.mark.parametrize("variant", ["greedy", "random", "full"])
+@pytest.mark.parametrize("variant", SAMPLERS)
 def test_padding_of_the_vocabulary_is_never_sampled(variant):
     logits = np.full((200, 24), 50.0, np.float32)
     logits[:, :17] = random_logits(np.random.default_rng(4), 200, 17)
@@ -453,7 +429,7 @@ def test_logprobs_are_of_the_raw_logits(vocab_size, ties):
 
 
 def test_other_variants_return_tokens_alone():
-    for variant in ["greedy", "random"]:
+    for variant in ["greedy", "random", "top"]:
         sampled = run_sample(jnp.zeros((2, 9)), make_batch(2), variant, 9)
         assert sampled[1:] == (None,) * 4
         assert len(jax.tree.leaves(sampled)) == 1
@@ -524,7 +500,7 @@ def test_an_empty_batch_leaves_the_state_alone():
 # --- Transformations and errors -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["greedy", "random", "full"])
+@pytest.mark.parametrize("variant", SAMPLERS)
 def test_under_vmap_and_shard_map(variant):
     pool, rows, vocab = 4, 3, 150
     logits = jnp.asarray(random_logits(np.random.default_rng(13), pool * rows, vocab))
@@ -572,7 +548,7 @@ def test_values_never_recompile():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variant": "beam"}, "variant='beam' must be greedy, random or full"),
+        ({"variant": "beam"}, "variant='beam' must be one of greedy, random, top, full"),
         ({"vocab_size": 11}, "vocab_size=11 must be from 1 to 10"),
         ({"vocab_size": 0}, "vocab_size=0 must be from 1 to 10"),
         ({"variant": "full"}, "init_state"),
