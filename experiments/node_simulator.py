@@ -19,12 +19,14 @@ from sidp_jax.estimate import (
     Setting,
     attention_seconds,
     bucket,
+    buckets,
     policy_of,
     step_seconds,
 )
 from sidp_jax.modes.policy import PolicyState, Switch
 from sidp_jax.request import SamplingParams, Sequence
 from sidp_jax.scheduler import Scheduler, SchedulerConfig, StepPlan
+from sidp_jax.settle import step_costs
 
 _POINTS = 9
 
@@ -101,6 +103,7 @@ class PoolSimulator:
                 setting.max_model_len,
                 setting.page_size,
                 num_kv_pages,
+                step_costs(self.policy, buckets(candidate)),
             )
         )
         prompts: dict[int, list[int]] = {}

@@ -22,12 +22,17 @@ from sidp_jax.measure import measure_hardware
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS_STAGGERED, Policy
-from sidp_jax.pace import StepCosts
 from sidp_jax.pool import PoolLayout, kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
 from sidp_jax.scheduler import Scheduler, SchedulerConfig
-from sidp_jax.settle import check_tensor_parallel, is_plain, longest_sequence, make_policy
+from sidp_jax.settle import (
+    check_tensor_parallel,
+    is_plain,
+    longest_sequence,
+    make_policy,
+    step_costs,
+)
 from sidp_jax.step import StepProgram
 from sidp_jax.tokenizer import load_tokenizer
 from sidp_jax.weights import Weights, nbytes_per_device
@@ -91,7 +96,11 @@ def build_engine(config: EngineConfig) -> Engine:
                 max_model_len=max_model_len,
                 page_size=config.page_size,
                 num_kv_pages=pages,
-                step_costs=_step_costs(policy, batches) if config.prefill == "spread" else None,
+                step_costs=(
+                    step_costs(policy, [batch.tokens for batch in batches])
+                    if config.prefill == "spread"
+                    else None
+                ),
             )
         ),
         policy,
@@ -223,16 +232,6 @@ def _hardware(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Hardware:
         return load_profile(config.hardware)
     device = mesh.devices.flat[0]
     return load_profile(profile_for(device.device_kind, device.platform))
-
-
-def _step_costs(policy: Policy, batches: tuple[BatchLayout, ...]) -> StepCosts:
-    """Estimated time of the layers at each size of a step, in the mode that the policy prefers."""
-    sizes = tuple(batch.tokens for batch in batches)
-    layers = policy.shape.num_layers
-    return StepCosts(
-        sizes,
-        tuple(layers * min(policy.seconds(mode, size) for mode in policy.modes) for size in sizes),
-    )
 
 
 def _log_sizes(engine: Engine, weights: Weights) -> None:

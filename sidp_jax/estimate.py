@@ -49,7 +49,7 @@ FORMULA = (
     "reductions, with TP > 1 = 2 (2 (TP-1)/TP x t x hidden bytes / link + latency)",
     "replicated: a layer takes dense(t) + attention + reductions",
     "was: a fetch (layer bytes / link) rides under the dense part of the layers before it, and the",
-    "  longer one counts; attention comes on top",
+    "  longer one counts, and a share of the shorter one, which disturbs it; attention on top",
     "cas, lockstep: a layer takes dense(pool x t) + 4 hops + attention + everyone's reductions",
     "cas, staggered: a layer takes dense(t) x ratio of the indexed GEMM + 3 hops + attention",
     "  + reductions; pool - 1 more of them fill and drain a step",
@@ -261,7 +261,7 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
     policy = policy_of(setting, candidate)
     needed, resident = {}, candidate.resident_layers
     for mode in candidate.modes:
-        sizes = [t for t in _buckets(candidate) if policy.may_run(mode, t)]
+        sizes = [t for t in buckets(candidate) if policy.may_run(mode, t)]
         rows = max(sizes, default=0) * (candidate.pool_size if mode == CAS else 1)
         streams = 4 if mode == CAS_STAGGERED else 2
         busiest = rows * (streams * shape.activation_bytes + inner)
@@ -450,18 +450,17 @@ def _policy(
     return Policy(modes, pool_size, shape, hardware, resident_layers=resident_layers)
 
 
-@cache
-def _ladder(max_num_batched_tokens: int) -> tuple[int, ...]:
-    return token_buckets(max_num_batched_tokens)
+_ladder = cache(token_buckets)
 
 
-def _buckets(candidate: Candidate) -> tuple[int, ...]:
-    return _ladder(candidate.max_num_batched_tokens)
+def buckets(candidate: Candidate) -> tuple[int, ...]:
+    """Tokens of the compiled shapes, ascending."""
+    return _ladder(candidate.max_num_batched_tokens, candidate.max_num_seqs)
 
 
 def bucket(candidate: Candidate, tokens: int) -> int:
     """Tokens of the compiled shape that a step of so many runs in."""
-    return next(size for size in _buckets(candidate) if size >= tokens)
+    return next(size for size in buckets(candidate) if size >= tokens)
 
 
 def attention_seconds(

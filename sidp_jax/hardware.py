@@ -75,6 +75,9 @@ class Hardware:
         indexed_matmul_ratio: Time of the GEMMs that pick their slab row on the device, by tokens,
             relative to those that need not; empty where there is no such kernel.
         step_overhead: Seconds of a step beyond its layers, head and sampling.
+        fetch_interference: How much longer compute and a fetch beneath it take together than the
+            longer one alone, as a share of the shorter one: a collective takes cores and memory
+            bandwidth from the GEMMs.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Hardware:
     layer_ms: tuple[LayerTimes, ...] = ()
     indexed_matmul_ratio: Curve = ()
     step_overhead: float = 0.0
+    fetch_interference: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("flops", "memory_bandwidth", "link_bandwidth"):
@@ -103,6 +107,7 @@ class Hardware:
             "permute_bandwidth",
             "decode_bandwidth",
             "step_overhead",
+            "fetch_interference",
         ):
             if getattr(self, field) < 0:
                 raise ValueError(f"hardware profile {self.name!r}: {field} must not be negative")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.estimate import layer_shape
 from sidp_jax.hardware import Hardware
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
+from sidp_jax.pace import StepCosts
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -47,6 +50,15 @@ def make_policy(config: EngineConfig, model: ModelConfig, hardware: Hardware) ->
         layer_shape(model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]),
         hardware,
         resident_layers=model.num_layers if modes == (REPLICATED,) else config.resident_layers,
+    )
+
+
+def step_costs(policy: Policy, sizes: Sequence[int]) -> StepCosts:
+    """Estimated time of the layers at each size of a step, in the mode that the policy prefers."""
+    layers = policy.shape.num_layers
+    return StepCosts(
+        tuple(sizes),
+        tuple(layers * min(policy.seconds(mode, size) for mode in policy.modes) for size in sizes),
     )
 
 

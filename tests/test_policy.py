@@ -1,4 +1,5 @@
 from bisect import bisect
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -54,13 +55,15 @@ def test_large_batches_fetch_weights_and_small_ones_send_activations():
     assert "was -> cas at 16 tokens" in str(switches[0])
 
 
-def test_was_is_free_where_compute_hides_the_fetch():
+def test_was_costs_the_longer_of_compute_and_fetch_and_their_interference():
     p = policy()
-    fetch = 1.755e9 / 385e9
+    fetch = 1.755e9 / p.hardware.link_bandwidth
     first = fetch / 80  # nothing is before it
-    assert p.seconds(WAS, 4096) == pytest.approx(p.seconds(REPLICATED, 4096) + first)
-    last = p.seconds(REPLICATED, 256) / 80
-    assert p.seconds(WAS, 256) == pytest.approx(fetch + last)
+    disturbed = p.hardware.fetch_interference * 79 / 80
+    expected = p.seconds(REPLICATED, 4096) + first + disturbed * fetch
+    assert p.seconds(WAS, 4096) == pytest.approx(expected)
+    dense = p.seconds(REPLICATED, 256)
+    assert p.seconds(WAS, 256) == pytest.approx(fetch + dense / 80 + disturbed * dense)
 
 
 def test_resident_layers_cost_the_same_in_every_mode():
@@ -71,7 +74,8 @@ def test_resident_layers_cost_the_same_in_every_mode():
             (home + policy().seconds(CAS, tokens)) / 2
         )
     # Each fetch of 4.56 ms now rides under two layers of 2.33 ms.
-    assert half.seconds(WAS, 1024) < 1.03 * half.seconds(REPLICATED, 1024)
+    undisturbed = replace(half, hardware=replace(half.hardware, fetch_interference=0.0))
+    assert undisturbed.seconds(WAS, 1024) < 1.03 * half.seconds(REPLICATED, 1024)
 
 
 @given(
@@ -110,7 +114,7 @@ def test_staggered_cas_keeps_data_parallel_speed_where_was_waits_for_the_link():
     for tokens in (64, 256, 1024):
         staggered, local = p.seconds(CAS_STAGGERED, tokens), p.seconds(REPLICATED, tokens)
         gemms = local * value_at(p.hardware.indexed_matmul_ratio, tokens)
-        assert local < gemms < staggered < 1.25 * gemms
+        assert max(local, gemms) < staggered < 1.35 * gemms
         assert staggered < min(p.seconds(WAS, tokens), p.seconds(CAS, tokens))
     assert p.seconds(WAS, 8192) < p.seconds(CAS_STAGGERED, 8192)
 

@@ -107,10 +107,10 @@ def test_pools_share_the_job():
 
 
 def test_modes_follow_the_batch():
-    job = simulate(setting(), candidate(8, seqs=256, budget=2048), 400, [(2000, 20)] * 16)
-    assert set(job.steps) == {WAS, CAS}
+    job = simulate(setting(), candidate(8, seqs=256, budget=8192), 400, [(4000, 20)] * 32)
+    assert set(job.steps) == {WAS, CAS_STAGGERED}
     assert len(job.switches) == 1
-    assert (job.switches[0].old, job.switches[0].new) == (WAS, CAS)
+    assert (job.switches[0].old, job.switches[0].new) == (WAS, CAS_STAGGERED)
 
 
 def test_cases_are_counts_ranges_or_files(tmp_path):

@@ -114,8 +114,10 @@ def _was_seconds(
     *before, last = spans
     seconds = sum(spans) * (attention - hidden) + last * (dense + reduction + hidden)
     for count in before:
+        computed = count * (dense + reduction + hidden)
         # Reductions share the link with the fetch, so they lengthen it.
-        seconds += max(count * (dense + reduction + hidden), fetch + count * reduction)
+        seconds += max(computed, fetch + count * reduction)
+        seconds += hardware.fetch_interference * min(computed, fetch)
     return seconds
 
 
