@@ -6,9 +6,9 @@ r"""Time whole jobs on the engine: dummy weights, random token ids, greedy, fixe
 ``--case N,IN,OUT`` is N requests of IN prompt and OUT output tokens; ``--case @lens.json`` reads a
 list of ``[in, out]`` pairs. Prints, per case, throughput beside the floor for the same work, which
 comes from the matrix and copy rates measured in the same run. On a GPU a few steps in the middle of
-each case are traced, for the share of time that the GPU waits; ``--decode N`` (repeatable) does the
-same for steps of N sequences that all decode, ``--decode N,TOP_P`` where they sample. The clock
-stands still while a trace is written.
+each case are traced, for the share of time that the GPU waits, between programs and inside them,
+and for that of the sampler; ``--decode N`` (repeatable) does the same for steps of N sequences that
+all decode, ``--decode N,TOP_P`` where they sample. The clock stands still while a trace is written.
 """
 
 from __future__ import annotations
@@ -156,15 +156,20 @@ class Trace:
         return time.perf_counter() - start
 
     def figures(self) -> dict[str, float]:
-        """Length of a step, time of its kernels, and the share of time that the GPU waits."""
+        """Length of a step, time of its kernels, and how the GPU waits; see ``gpu_trace``."""
         activity = read_activity(self.folder)
         print(activity.table())
         busy = activity.busy_s / self.steps
-        return {
+        figures = {
             "step_ms": self._step_s * 1e3,
             "gpu_busy_ms": busy * 1e3,
             "gpu_idle_share": 1 - busy / self._step_s,
         }
+        try:
+            return figures | activity.steps().figures(self._step_s)
+        except ValueError as error:  # the job is done, and its other figures hold
+            print(f"no figures step by step: {error}")
+            return figures
 
 
 def run_case(

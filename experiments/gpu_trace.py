@@ -1,13 +1,101 @@
-"""What a GPU did in a trace of jax's profiler: the share of time it was busy, and with what."""
+"""What a GPU did in a trace of jax's profiler: how long it was busy, with what, and step by step.
+
+A GPU waits in two ways, with different remedies. Between the programs of a step, and between steps,
+it waits for the host, or for the launch of a program. Inside a program no host is needed: the gaps
+there are what a kernel's start costs, so that fewer kernels leave less of them.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 Interval = tuple[float, float]
+
+FORWARD, SAMPLER = "jit__forward", "jit__sample"
+"""The programs of a step, as the profiler names them."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in a trace.
+
+    Attributes:
+        name: As the profiler gives it.
+        start: Nanoseconds.
+        end: Nanoseconds.
+        module: The program that it belongs to; empty if the trace does not say.
+    """
+
+    name: str
+    start: float
+    end: float
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of one program: its kernels, in the order of their starts."""
+
+    module: str
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def span_s(self) -> float:
+        """From the start of the first kernel to the end of the last, seconds."""
+        return (max(k.end for k in self.kernels) - self.kernels[0].start) / 1e9
+
+    @property
+    def busy_s(self) -> float:
+        """How much of it at least one kernel ran, seconds."""
+        return covered((k.start, k.end) for k in self.kernels) / 1e9
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """A step of the middle of a trace: medians over its steps, whose number is ``steps``.
+
+    Attributes:
+        steps: Steps that the trace holds from their first kernel to their last.
+        kernels: Kernels of a step.
+        programs_s: Seconds of its programs, each from its first kernel to the end of its last.
+        gaps_s: What of them no kernel runs, seconds.
+        sampler_s: Seconds of the kernels of the sampling program.
+        sampler_kernels: How many they are.
+    """
+
+    steps: int
+    kernels: float
+    programs_s: float
+    gaps_s: float
+    sampler_s: float
+    sampler_kernels: float
+
+    def figures(self, step_s: float) -> dict[str, float]:
+        """Where the time of a step goes, in milliseconds and as shares.
+
+        The profiler slows the host, not the GPU. So what the GPU waits for between programs is the
+        length of a step without a profiler, less the programs in the trace.
+
+        Args:
+            step_s: Seconds of a step, untraced.
+        """
+        between = step_s - self.programs_s
+        return {
+            "kernels_per_step": self.kernels,
+            "gaps_in_programs_ms": self.gaps_s * 1e3,
+            "gaps_in_programs_share": self.gaps_s / step_s,
+            "between_programs_ms": between * 1e3,
+            "between_programs_share": between / step_s,
+            "sampler_ms": self.sampler_s * 1e3,
+            "sampler_share": self.sampler_s / step_s,
+            "sampler_kernels": self.sampler_kernels,
+        }
 
 
 @dataclass(frozen=True)
@@ -15,25 +103,80 @@ class Activity:
     """One GPU in one trace.
 
     Attributes:
-        window_s: From the start of the first kernel to the end of the last, seconds.
-        busy_s: How much of it at least one kernel ran.
-        kernels: Seconds by name of the kernel, most first.
+        kernels: All kernels, in the order of their starts.
+        known: What the trace says of its first kernel besides its name: names of statistics.
     """
 
-    window_s: float
-    busy_s: float
-    kernels: dict[str, float]
+    kernels: tuple[Kernel, ...]
+    known: tuple[str, ...] = ()
+
+    @property
+    def window_s(self) -> float:
+        """From the start of the first kernel to the end of the last, seconds."""
+        return Run("", self.kernels).span_s
+
+    @property
+    def busy_s(self) -> float:
+        """How much of it at least one kernel ran, seconds."""
+        return Run("", self.kernels).busy_s
 
     @property
     def idle_share(self) -> float:
         """Share of the window in which no kernel ran."""
         return 1 - self.busy_s / self.window_s
 
+    def runs(self) -> list[Run]:
+        """The executions of programs, in order; kernels of unknown origin go with those before."""
+        named, module = [], ""
+        for kernel in self.kernels:
+            module = kernel.module or module
+            named.append((module, kernel))
+        return [
+            Run(module, tuple(kernel for _, kernel in run))
+            for module, run in groupby(named, key=lambda pair: pair[0])
+        ]
+
+    def steps(self) -> StepFigures:
+        """The steps that lie wholly in the trace; a step is a forward program and what follows it.
+
+        Raises:
+            ValueError: The trace does not say which program a kernel belongs to, or holds too few
+                steps: those at its ends are cut off.
+        """
+        steps: list[list[Run]] = []
+        for run in self.runs():
+            if run.module.startswith(FORWARD):
+                steps.append([])
+            if steps:
+                steps[-1].append(run)
+        whole = steps[1:-1]
+        if not whole:
+            modules = sorted({kernel.module for kernel in self.kernels})
+            raise ValueError(
+                f"{len(steps)} steps, too few, begin in the trace; its kernels belong to the "
+                f"programs {modules}, of which a step's begin with {FORWARD!r} and {SAMPLER!r}; "
+                f"a kernel's statistics are {list(self.known)}"
+            )
+        samplers = [[r for r in step if r.module.startswith(SAMPLER)] for step in whole]
+        return StepFigures(
+            steps=len(whole),
+            kernels=median(sum(len(run.kernels) for run in step) for step in whole),
+            programs_s=median(sum(run.span_s for run in step) for step in whole),
+            gaps_s=median(sum(run.span_s - run.busy_s for run in step) for step in whole),
+            sampler_s=median(sum(run.busy_s for run in runs) for runs in samplers),
+            sampler_kernels=median(sum(len(run.kernels) for run in runs) for runs in samplers),
+        )
+
     def table(self, most: int = 12) -> str:
         """The kernels that take the most time, a line each."""
-        lines = [f"{'ms':>9} {'share':>6}  kernel"]
-        for name, seconds in list(self.kernels.items())[:most]:
-            lines.append(f"{seconds * 1e3:9.2f} {seconds / self.window_s:6.1%}  {name[:90]}")
+        seconds: Counter[str] = Counter()
+        for kernel in self.kernels:
+            seconds[kernel.name] += (kernel.end - kernel.start) / 1e9
+        calls = Counter(kernel.name for kernel in self.kernels)
+        lines = [f"{'ms':>9} {'share':>6} {'calls':>6}  kernel"]
+        for name, took in seconds.most_common(most):
+            share = took / self.window_s
+            lines.append(f"{took * 1e3:9.2f} {share:6.1%} {calls[name]:6d}  {name[:90]}")
         return "\n".join([*lines, f"{self.window_s * 1e3:9.2f} {self.idle_share:6.1%}  idle"])
 
 
@@ -48,25 +191,38 @@ def read_activity(folder: Path) -> Activity:
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise ValueError(f"no *.xplane.pb below {folder}; was a trace taken?")
-    planes = {plane.name: plane for plane in ProfileData.from_file(str(files[-1])).planes}
-    gpu = next((planes[name] for name in sorted(planes) if name.startswith("/device:GPU")), None)
+    return read_planes(ProfileData.from_file(str(files[-1])).planes, str(files[-1]))
+
+
+def read_planes(planes: Iterable[Any], source: str) -> Activity:
+    """The first GPU's activity in a profile.
+
+    Args:
+        planes: Of a ``jax.profiler.ProfileData``.
+        source: Where they are from, for messages.
+
+    Raises:
+        ValueError: They show no kernels of a GPU.
+    """
+    named = {plane.name: plane for plane in planes}
+    gpu = next((named[name] for name in sorted(named) if name.startswith("/device:GPU")), None)
     if gpu is None:
-        raise ValueError(f"{files[-1]} shows no GPU, only {', '.join(planes)}")
-    events = [
-        (event.name, event.start_ns, event.start_ns + event.duration_ns)
-        for line in gpu.lines
-        if line.name.startswith("Stream") and "Compute" in line.name
-        for event in line.events
-    ]
-    if not events:
+        raise ValueError(f"{source} shows no GPU, only {', '.join(named)}")
+    kernels, known = [], ()
+    for line in gpu.lines:
+        if not (line.name.startswith("Stream") and "Compute" in line.name):
+            continue
+        for event in line.events:
+            # Kernels of a command buffer carry the program that launched it, as others do.
+            stats = {name: value for name, value in event.stats if name is not None}
+            known = known or tuple(sorted(stats))
+            module = str(stats.get("hlo_module", ""))
+            end = event.start_ns + event.duration_ns
+            kernels.append(Kernel(event.name, event.start_ns, end, module))
+    if not kernels:
         lines = ", ".join(line.name for line in gpu.lines)
-        raise ValueError(f"{files[-1]} shows no kernels on a compute stream; its lines: {lines}")
-    kernels: Counter[str] = Counter()
-    for name, start, end in events:
-        kernels[name] += (end - start) / 1e9
-    intervals = [(start, end) for _, start, end in events]
-    window = max(end for _, end in intervals) - min(start for start, _ in intervals)
-    return Activity(window / 1e9, covered(intervals) / 1e9, dict(kernels.most_common()))
+        raise ValueError(f"{source} shows no kernels on a compute stream; its lines: {lines}")
+    return Activity(tuple(sorted(kernels, key=lambda kernel: kernel.start)), known)
 
 
 def covered(intervals: Iterable[Interval]) -> float:

@@ -9,7 +9,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "experiments"
 sys.path.append(str(FOLDER))
 
-from gpu_trace import covered, read_activity  # noqa: E402
+from gpu_trace import Kernel, covered, read_activity, read_planes  # noqa: E402
 
 
 def test_a_report_for_a_tiny_model(tmp_path):
@@ -46,3 +46,71 @@ def test_a_trace_without_a_gpu_is_refused(tmp_path):
         jax.numpy.ones(3).block_until_ready()
     with pytest.raises(ValueError, match="shows no GPU"):
         read_activity(tmp_path)
+
+
+def a_trace(steps, *, named=True, other_stream=()):
+    """Steps of 10 us: a forward program with 3 kernels, a copy in it, then a sampler with 2."""
+    kernels = []
+    for step in range(steps):
+        start = 10_000 * step
+        program = "jit__forward(3)" if named else ""
+        kernels += [
+            Kernel("gemm", start + i * 2000, start + i * 2000 + 1500, program) for i in (0, 1)
+        ]
+        kernels.append(Kernel("memset", start + 3500, start + 4000))
+        kernels.append(Kernel("gemm", start + 4000, start + 6000, program))
+        sampler = "jit__sample(4)" if named else ""
+        kernels += [Kernel("max", start + i, start + i + 400, sampler) for i in (7000, 7500)]
+    return profile({"Stream #14(Compute)": kernels, "Stream #20(MemcpyD2H)": list(other_stream)})
+
+
+def profile(lines):
+    """A profile as the profiler writes it; jax reads it back."""
+    from jax.profiler import ProfileData
+
+    text, names = "", {}
+    for number, (line, kernels) in enumerate(lines.items()):
+        events = ""
+        for kernel in kernels:
+            key = names.setdefault(kernel.name, len(names) + 1)
+            place = f"offset_ps: {kernel.start * 1000} "
+            place += f"duration_ps: {(kernel.end - kernel.start) * 1000}"
+            module = f'stats {{ metadata_id: 1 str_value: "{kernel.module}" }}'
+            stats = module if kernel.module else 'stats { metadata_id: 2 str_value: "1" }'
+            events += f"events {{ metadata_id: {key} {place} {stats} }}\n"
+        text += f'lines {{ id: {number} name: "{line}" timestamp_ns: 500 {events} }}\n'
+    for name, key in names.items():
+        text += f'event_metadata {{ key: {key} value {{ id: {key} name: "{name}" }} }}\n'
+    for key, name in enumerate(("hlo_module", "grid"), 1):
+        text += f'stat_metadata {{ key: {key} value {{ id: {key} name: "{name}" }} }}\n'
+    text = f'planes {{ name: "/host:CPU" }} planes {{ name: "/device:GPU:0" {text} }}'
+    serialized = ProfileData.text_proto_to_serialized_xspace(text)
+    return ProfileData.from_serialized_xspace(serialized).planes
+
+
+def test_a_step_is_a_forward_program_and_what_follows():
+    copy = Kernel("copy", 0, 90_000)  # on a stream of its own: not counted
+    activity = read_planes(a_trace(5, other_stream=[copy]), "here")
+    assert [run.module for run in activity.runs()] == ["jit__forward(3)", "jit__sample(4)"] * 5
+    steps = activity.steps()
+    assert (steps.steps, steps.kernels, steps.sampler_kernels) == (3, 6, 2), "the ends are cut off"
+    figures = steps.figures(8e-6)
+    assert figures == {
+        "kernels_per_step": 6,
+        "gaps_in_programs_ms": pytest.approx(0.6e-3),
+        "gaps_in_programs_share": pytest.approx(0.6 / 8),
+        "between_programs_ms": pytest.approx((8 - 6 - 0.9) * 1e-3),
+        "between_programs_share": pytest.approx(1.1 / 8),
+        "sampler_ms": pytest.approx(0.8e-3),
+        "sampler_share": pytest.approx(0.1),
+        "sampler_kernels": 2,
+    }
+    assert activity.busy_s == pytest.approx(5 * (1.5 + 1.5 + 0.5 + 2 + 0.8) * 1e-6)
+
+
+def test_steps_need_the_names_of_their_programs():
+    for planes in (a_trace(5, named=False), a_trace(2)):
+        with pytest.raises(ValueError, match="too few, begin in the trace"):
+            read_planes(planes, "here").steps()
+    with pytest.raises(ValueError, match="no kernels on a compute stream"):
+        read_planes(profile({"Stream #20(MemcpyD2H)": [Kernel("copy", 0, 1)]}), "here")
