@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-IMPLEMENTATIONS = ("reference", "mosaic")
+IMPLEMENTATIONS = ("reference", "mosaic", "cudnn")
 MASKED = -1e30  # finite: a row of masks alone must give zeros, not NaN
 
 
@@ -28,8 +28,8 @@ def ragged_attention(
 ) -> Float[Array, "tokens heads head_dim"]:
     """Causal attention of a ragged batch of queries to paged K and V.
 
-    Slots past a row's context, in its last page, are masked; "mosaic" multiplies what lies there by
-    zero, so that it must be finite: allocate the cache as zeros.
+    Slots past a row's context, in its last page, are masked; "mosaic" and "cudnn" multiply what
+    lies there by zero, so that it must be finite: allocate the cache as zeros.
 
     Args:
         q: queries of all rows, one after the other. Head `k * G + g` uses K/V head `k`.
@@ -40,7 +40,7 @@ def ragged_attention(
         query_starts: first query of every row, and the end of the last; non-decreasing.
         context_lens: tokens of every row, its queries included; 0 for an empty row.
         scale: factor of the logits, usually `head_dim ** -0.5`.
-        implementation: "reference" (any backend) or "mosaic" (Hopper).
+        implementation: "reference" (any backend), "mosaic" (Hopper) or "cudnn" (NVIDIA GPUs).
 
     Returns:
         One output per query; zeros for tokens at or after `query_starts[-1]`.
@@ -56,6 +56,10 @@ def ragged_attention(
         from sidp_jax.kernels.ragged_attention_mosaic import ragged_attention_mosaic
 
         return ragged_attention_mosaic(*args, scale=scale)
+    if implementation == "cudnn":
+        from sidp_jax.kernels.ragged_attention_cudnn import ragged_attention_cudnn
+
+        return ragged_attention_cudnn(*args, scale=scale)
     raise ValueError(f"implementation={implementation!r} is unknown; use one of {IMPLEMENTATIONS}")
 
 

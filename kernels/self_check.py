@@ -31,6 +31,17 @@ def require_hopper(device: jax.Device) -> None:
     if device.platform not in ("gpu", "cuda") or capability != "9.0":
         raise KernelError(
             f"the 'mosaic' kernels need a Hopper GPU (compute capability 9.0), and this is "
+            f"{device.device_kind} ({capability=}); set attention=cudnn (an NVIDIA GPU with cuDNN) "
+            "or attention=reference"
+        )
+
+
+def require_cudnn(device: jax.Device) -> None:
+    """Raise KernelError unless `device` runs cuDNN's fused attention."""
+    capability = getattr(device, "compute_capability", None)
+    if device.platform not in ("gpu", "cuda") or capability is None or float(capability) < 8.0:
+        raise KernelError(
+            f"attention=cudnn needs an NVIDIA GPU of compute capability 8.0 or higher, and this is "
             f"{device.device_kind} ({capability=}); set attention=reference"
         )
 
@@ -56,7 +67,7 @@ def self_check(
         products: outputs and inputs of the kernels that `indexed_matmul` will multiply by; nothing
             is checked of it without them.
         dtype: type of queries and cache.
-        implementation: what to check.
+        implementation: what to check; of "cudnn" attention alone, beside which the references run.
         device: where to run; the first device if not given.
 
     Returns:
@@ -69,14 +80,19 @@ def self_check(
     device = device or jax.local_devices()[0]
     if implementation == "mosaic":
         require_hopper(device)
+    if implementation == "cudnn":
+        require_cudnn(device)
     with jax.default_device(device):
         errors = {
             "ragged_attention": _attention_error(
                 heads, kv_heads, head_dim, page_size, dtype, implementation
-            ),
-            "update_kv": _update_error(kv_heads, head_dim, page_size, dtype, implementation),
+            )
         }
-        if products:
+        if implementation != "cudnn":
+            errors["update_kv"] = _update_error(
+                kv_heads, head_dim, page_size, dtype, implementation
+            )
+        if products and implementation != "cudnn":
             errors["indexed_matmul"] = max(
                 _product_error(tokens, *shape, dtype, implementation)
                 for tokens in PRODUCT_TOKENS

@@ -136,7 +136,7 @@ def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh, modes: tupl
     chosen = config.attention
     if chosen == "auto":
         chosen = "reference" if device.platform == "cpu" else "mosaic"
-    if chosen == "mosaic":
+    if chosen != "reference":
         errors = self_check(
             heads=model.num_heads // config.tensor_parallel_size,
             kv_heads=model.num_kv_heads // config.tensor_parallel_size,
@@ -144,6 +144,7 @@ def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh, modes: tupl
             page_size=config.page_size,
             products=_indexed_products(config, model) if CAS_STAGGERED in modes else (),
             dtype=jnp.dtype(config.dtype),
+            implementation=chosen,
             device=device,
         )
         logger.info("kernels checked: relative errors %s", errors)

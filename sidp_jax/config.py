@@ -105,8 +105,9 @@ class EngineConfig:
             and is ``lockstep`` elsewhere and with resident layers.
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.
-        attention: Implementation of attention; ``auto`` is ``mosaic`` (Hopper kernels) on a GPU and
-            ``reference`` on the CPU.
+        attention: Implementation of attention; ``auto`` is ``reference`` on the CPU and ``mosaic``
+            (Hopper kernels) on a GPU, which on one that is no Hopper is an error that names the
+            choice between ``cudnn`` and ``reference``.
         max_model_len: Longest sequence, prompt and output, in tokens; None is the model's own.
         max_num_seqs: Sequences that one replica runs at a time.
         max_num_batched_tokens: Tokens that one replica computes in one step.
@@ -138,7 +139,7 @@ class EngineConfig:
     cas_schedule: Literal["auto", "lockstep", "staggered"] = "auto"
     layer_loop: Literal["auto", "scan", "unrolled"] = "auto"
     resident_layers: int = 0
-    attention: Literal["auto", "reference", "mosaic"] = "auto"
+    attention: Literal["auto", "reference", "mosaic", "cudnn"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048

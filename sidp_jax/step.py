@@ -48,14 +48,18 @@ class StepProgram:
         config: The model's architecture.
         layout: Who owns what.
         mesh: The devices.
-        attention: Implementation of attention, cache update and products with weights that the
-            device picks, chosen explicitly.
+        attention: Implementation of attention, chosen explicitly.
     """
 
     config: ModelConfig
     layout: PoolLayout
     mesh: Mesh
     attention: str
+
+    @property
+    def kernels(self) -> str:
+        """Implementation of the cache update and of products with weights that the device picks."""
+        return "reference" if self.attention == "cudnn" else self.attention
 
     @property
     def tensor_size(self) -> int:
@@ -154,7 +158,7 @@ def _forward(
     @jax.jit  # so that the kernels are traced once, however many layers there are
     def attend(q, k, v, kv, layer, active=None):
         slots = batch.kv_slots if active is None else jnp.where(active, batch.kv_slots, -1)
-        kv = KVCache(*update_kv(kv.k, kv.v, k, v, layer, slots, implementation=program.attention))
+        kv = KVCache(*update_kv(kv.k, kv.v, k, v, layer, slots, implementation=program.kernels))
         attended = ragged_attention(
             q,
             kv.k,
@@ -174,7 +178,7 @@ def _forward(
         batch.positions,
         attend,
         program.platform,
-        program.attention,
+        program.kernels,
         program.tensor_size,
     )
     with jax.named_scope("embed"):
