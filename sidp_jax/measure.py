@@ -72,8 +72,14 @@ def measure_hardware(model: ModelConfig, tensor_size: int, dtype: str) -> Hardwa
     )
 
 
-def _seconds(function: Callable[..., Any], *arguments: Any, calls: int = 4) -> float:
-    """Seconds of one call, the best of a few rounds of calls in a row."""
+def seconds_of(function: Callable[..., Any], *arguments: Any, calls: int = 4) -> float:
+    """Seconds of one call, the best of a few rounds of calls in a row.
+
+    Args:
+        function: Launches work on the devices and returns what to wait for.
+        arguments: What it is called with.
+        calls: Calls of a round; none is waited for but the last.
+    """
     jax.block_until_ready(function(*arguments))
     rounds = []
     for _ in range(_REPEATS):
@@ -87,7 +93,7 @@ def _seconds(function: Callable[..., Any], *arguments: Any, calls: int = 4) -> f
 def _copy_bandwidth(nbytes: int) -> float:
     """Bytes/s, read plus written."""
     block = jnp.ones(nbytes // 4, jnp.float32)
-    return 2 * nbytes / _seconds(jax.jit(lambda x: x + 1), block)
+    return 2 * nbytes / seconds_of(jax.jit(lambda x: x + 1), block)
 
 
 def _layer_times(model: ModelConfig, tensor_size: int, dtype: np.dtype, on_gpu: bool) -> LayerTimes:
@@ -123,7 +129,7 @@ def _layer_times(model: ModelConfig, tensor_size: int, dtype: np.dtype, on_gpu: 
     points = []
     for tokens in TOKENS if on_gpu else _CPU_TOKENS:
         x = _random((tokens, hidden), dtype)
-        points.append((float(tokens), 1e3 * _seconds(jax.jit(run), x, layers) / rows))
+        points.append((float(tokens), 1e3 * seconds_of(jax.jit(run), x, layers) / rows))
     return LayerTimes(float(nbytes), 2.0 * values, tuple(points))
 
 
@@ -161,9 +167,9 @@ def _link(device: jax.Device) -> tuple[dict[str, float], list[str]]:
     small, large = (
         jax.device_put(np.ones(n, np.float32), where) for n in (count * 64, count * size // 4)
     )
-    latency = _seconds(permute, small)
-    moved = max(_seconds(permute, large) - latency, latency / 10)
-    gathered = max(_seconds(gather, large) - latency, latency / 10)
+    latency = seconds_of(permute, small)
+    moved = max(seconds_of(permute, large) - latency, latency / 10)
+    gathered = max(seconds_of(gather, large) - latency, latency / 10)
     figures = {
         "link_bandwidth": size * (count - 1) / gathered,
         "permute_bandwidth": size / moved,
@@ -208,7 +214,7 @@ def _attention_seconds(
     tables = jnp.arange(count * pages, dtype=jnp.int32).reshape(count, pages)
     starts = jnp.arange(count + 1, dtype=jnp.int32) * queries
     lengths = jnp.full(count, context, jnp.int32)
-    return _seconds(run, q, k, v, jnp.int32(0), tables, starts, lengths)
+    return seconds_of(run, q, k, v, jnp.int32(0), tables, starts, lengths)
 
 
 def _memory_bytes(device: jax.Device) -> float:
