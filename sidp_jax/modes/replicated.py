@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sidp_jax.kv_cache import KVCache
-from sidp_jax.modes.loop import LayerContext, take
+from sidp_jax.modes.loop import LayerContext
 from sidp_jax.weights import Weights
 
 
@@ -30,8 +30,10 @@ def run_layers(
             x, kv = context.run_layer(params, layer, x, kv)
         return x, kv
 
-    def body(carry, layer):
-        return context.run_layer(take(layers, layer), layer, *carry), None
+    def body(carry, xs):
+        params, layer = xs
+        return context.run_layer(params, layer, *carry), None
 
-    (x, kv), _ = jax.lax.scan(body, (x, kv), jnp.arange(context.layout.num_layers))
+    numbers = jnp.arange(context.layout.num_layers)
+    (x, kv), _ = jax.lax.scan(body, (x, kv), (layers, numbers))
     return x, kv
