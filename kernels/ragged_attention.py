@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 IMPLEMENTATIONS = ("reference", "mosaic", "cudnn")
+TILE_TOKENS = 64  # of the Hopper kernels: fewer are padded to as many
 MASKED = -1e30  # finite: a row of masks alone must give zeros, not NaN
 
 

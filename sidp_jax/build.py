@@ -17,6 +17,7 @@ from sidp_jax.checkpoint import load_weights
 from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.engine import Engine
 from sidp_jax.hardware import MEASURE, Hardware, as_values, load_profile, profile_for
+from sidp_jax.kernels.ragged_attention import TILE_TOKENS
 from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.measure import measure_hardware
 from sidp_jax.mesh import make_mesh
@@ -68,7 +69,7 @@ def build_engine(config: EngineConfig) -> Engine:
         load_format=config.load_format,
         seed=config.seed,
     )
-    batches = _batch_layouts(config, model, max_model_len)
+    batches = _batch_layouts(config, model, max_model_len, program.attention)
     # A mode that would never be picked for a shape needs no program, and no memory, for it.
     steps = tuple(
         (mode, batch)
@@ -162,8 +163,13 @@ def _indexed_products(config: EngineConfig, model: ModelConfig) -> list[tuple[in
 
 
 def _batch_layouts(
-    config: EngineConfig, model: ModelConfig, max_model_len: int
+    config: EngineConfig, model: ModelConfig, max_model_len: int, attention: str
 ) -> tuple[BatchLayout, ...]:
+    sizes = token_buckets(config.max_num_batched_tokens, config.max_num_seqs)
+    if attention == "mosaic" and config.pool_size == 1:
+        # Fewer tokens would be padded to a tile, and cut again, by two kernels in every layer; the
+        # products of a tile take no longer. In a pool a small step is less to send.
+        sizes = tuple(size for size in sizes if size >= TILE_TOKENS) or sizes
     return tuple(
         BatchLayout(
             tokens=tokens,
@@ -171,7 +177,7 @@ def _batch_layouts(
             pages=ceil(max_model_len / config.page_size),
             stop_ids=MAX_STOP_TOKEN_IDS + len(model.eos_token_ids),
         )
-        for tokens in token_buckets(config.max_num_batched_tokens, config.max_num_seqs)
+        for tokens in sizes
     )
 
 
