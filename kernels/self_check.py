@@ -13,10 +13,12 @@ import numpy as np
 from sidp_jax.kernels.indexed_matmul import indexed_matmul
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
+from sidp_jax.kernels.turn_heads import turn_heads
 
 TOLERANCE = 1e-2  # relative, in bfloat16; sound kernels stay near 2e-3
 ROWS = ((1, 1), (1, 130), (1, 1500), (9, 200), (70, 70), (131, 300))  # (queries, context)
 PADDING = 13  # tokens after the last row
+TURN_TOKENS = 150  # two whole tiles, and one that is moved back
 PRODUCT_TOKENS = (16, 300)  # one tile of them; several, the last one moved back
 PRODUCT_OUTPUTS = 4096  # at most: several tiles, and a check that stays short
 
@@ -92,6 +94,8 @@ def self_check(
             errors["update_kv"] = _update_error(
                 kv_heads, head_dim, page_size, dtype, implementation
             )
+        if implementation == "mosaic" and (head_dim, dtype) == (128, jnp.bfloat16):
+            errors["turn_heads"] = _turn_error(heads, kv_heads, head_dim, dtype, implementation)
         if products and implementation != "cudnn":
             errors["indexed_matmul"] = max(
                 _product_error(tokens, *shape, dtype, implementation)
@@ -152,6 +156,24 @@ def _update_error(kv_heads, head_dim, page_size, dtype, implementation) -> float
         strict=True,
     )
     return max(_relative(out, expected) for out, expected in pairs)
+
+
+def _turn_error(heads, kv_heads, head_dim, dtype, implementation) -> float:
+    rng = np.random.default_rng(3)
+    shape = (TURN_TOKENS, kv_heads, heads // kv_heads + 2, head_dim)
+    qkv = jnp.asarray(rng.standard_normal(shape), dtype)
+    scales = [jnp.asarray(rng.uniform(0.5, 2, head_dim), dtype) for _ in range(2)]
+    positions = jnp.asarray(rng.integers(0, 4000, TURN_TOKENS), jnp.int32)
+    frequencies = jnp.asarray(1e4 ** -(np.arange(0, head_dim, 2) / head_dim), jnp.float32)
+    turn = jax.jit(turn_heads, static_argnames=("eps", "implementation"))
+    errors = []
+    for norms in (scales, (None, None)):
+        out, expected = (
+            turn(qkv, *norms, positions, frequencies, eps=1e-6, implementation=which)
+            for which in (implementation, "reference")
+        )
+        errors += map(_relative, out, expected)
+    return max(errors)
 
 
 def _product_error(tokens, outputs, inputs, dtype, implementation) -> float:

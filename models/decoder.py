@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sidp_jax.kernels.turn_heads import rms_norm, turn_heads
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.layers import (
     Axes,
+    HeadTurner,
     Linear,
     Multiplier,
     RMSNorm,
-    rms_norm,
     rope_inverse_frequencies,
-    rotate,
 )
 
 LayerParams = dict[str, jax.Array | jax.ShapeDtypeStruct | Multiplier]
@@ -78,7 +78,7 @@ class DecoderLayer(nnx.Module):
         self.down = Linear((hidden,), (None,), (c.intermediate_size,), ("ffn",), dtype=dtype)
 
     def pre_attention(
-        self, x: Float[Array, "tokens hidden"], positions: Int[Array, "tokens"]
+        self, x: Float[Array, "tokens hidden"], positions: Int[Array, "tokens"] | HeadTurner
     ) -> tuple[
         Float[Array, "tokens heads head_dim"],
         Float[Array, "tokens kv_heads head_dim"],
@@ -88,15 +88,15 @@ class DecoderLayer(nnx.Module):
 
         Args:
             x: The residual stream.
-            positions: Position of each token in its sequence.
+            positions: Position of each token in its sequence, or what turns heads by it.
         """
-        qkv = self.qkv(self.input_norm(x))
-        q, k, v = jnp.split(qkv, [self.num_queries, self.num_queries + 1], axis=2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        norms = (self.q_norm, self.k_norm)
+        scales = [None if norm is None else norm.scale[...] for norm in norms]
         frequencies = jnp.asarray(self.inverse_frequencies, jnp.float32)
-        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        return q.reshape(q.shape[0], -1, q.shape[-1]), k[:, :, 0], v[:, :, 0]
+        qkv, eps = self.qkv(self.input_norm(x)), self.input_norm.eps
+        if isinstance(positions, HeadTurner):
+            return positions.turn(qkv, *scales, frequencies, eps)
+        return turn_heads(qkv, *scales, positions, frequencies, eps=eps, implementation="reference")
 
     def post_attention(
         self,

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from sidp_jax.kernels.turn_heads import rms_norm
 from sidp_jax.models.config import Llama3RopeScaling
 
 Axes = tuple[str | None, ...]
@@ -30,6 +31,21 @@ class Multiplier(Protocol):
         """The product ``[tokens, *out]`` over the ``num_in`` inputs of ``x``, ``[tokens, *in]``."""
 
 
+@runtime_checkable
+class HeadTurner(Protocol):
+    """What may stand in the place of positions, and turns heads by them itself."""
+
+    def turn(
+        self,
+        qkv: jax.Array,
+        q_scale: jax.Array | None,
+        k_scale: jax.Array | None,
+        inverse_frequencies: jax.Array,
+        eps: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of a projection; see ``kernels.turn_heads``."""
+
+
 def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype) -> nnx.Param:
     """A parameter of zeros; real values are placed by ``sidp_jax.checkpoint``.
 
@@ -40,18 +56,6 @@ def parameter(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype) -> nnx.Param
     """
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
-
-
-def rms_norm(
-    x: Float[Array, "... size"], scale: Float[Array, "size"], eps: float
-) -> Float[Array, "... size"]:
-    """Root-mean-square normalisation over the last dimension, computed in float32.
-
-    Follows ``LlamaRMSNorm`` of Hugging Face transformers: the scale is applied after the cast back.
-    """
-    x32 = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return scale * (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -124,23 +128,3 @@ def rope_inverse_frequencies(
     # 0 where the wavelength is long (stretched), 1 where it is short (kept).
     keep = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
     return (inverse * (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)
-
-
-def rotate(
-    x: Float[Array, "tokens kv_heads heads head_dim"],
-    positions: Int[Array, "tokens"],
-    inverse_frequencies: Float[Array, "half"],
-) -> Float[Array, "tokens kv_heads heads head_dim"]:
-    """Applies the rotary embedding to each head, in float32, with halves as the pairs.
-
-    Args:
-        x: Query or key heads.
-        positions: Position of each token in its sequence.
-        inverse_frequencies: ``[head_dim / 2]``, from ``rope_inverse_frequencies``.
-    """
-    angles = positions[:, None].astype(jnp.float32) * inverse_frequencies[None, :]
-    cos = jnp.cos(angles)[:, None, None, :]
-    sin = jnp.sin(angles)[:, None, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

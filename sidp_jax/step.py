@@ -20,6 +20,7 @@ from sidp_jax import sampling
 from sidp_jax.batch import BatchLayout, StepBatch, unpack, widen
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
+from sidp_jax.kernels.turn_heads import Turner
 from sidp_jax.kv_cache import KV_PARTITION, KVCache
 from sidp_jax.mesh import POOL, TENSOR
 from sidp_jax.models.config import ModelConfig
@@ -60,6 +61,21 @@ class StepProgram:
     def kernels(self) -> str:
         """Implementation of the cache update and of products with weights that the device picks."""
         return "reference" if self.attention == "cudnn" else self.attention
+
+    def positions(
+        self, mode: str, positions: Int[Array, "tokens"], dtype: jnp.dtype
+    ) -> jax.Array | Turner:
+        """Positions for the layers of a mode: on Hopper with the kernel that turns heads by them.
+
+        It takes a whole tile of tokens or more. In CaS a layer's owner turns the heads of others,
+        whose positions travel as an array.
+        """
+        if self.kernels != "mosaic" or mode not in ("replicated", "was"):
+            return positions
+        from sidp_jax.kernels.turn_heads_mosaic import fits
+
+        whole = fits(positions.shape[0], self.config.head_dim, dtype)
+        return Turner(positions, "mosaic") if whole else positions
 
     @property
     def tensor_size(self) -> int:
@@ -175,7 +191,7 @@ def _forward(
     context = LayerContext(
         program.config,
         program.layout,
-        batch.positions,
+        program.positions(mode, batch.positions, weights.embedding.dtype),
         attend,
         program.platform,
         program.kernels,

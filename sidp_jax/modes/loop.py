@@ -16,6 +16,7 @@ from sidp_jax.kv_cache import KVCache
 from sidp_jax.mesh import TENSOR
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import LayerParams, bind_layer
+from sidp_jax.models.layers import HeadTurner
 from sidp_jax.pool import PoolLayout
 from sidp_jax.weights import LayerStack
 
@@ -39,7 +40,8 @@ class LayerContext:
     Attributes:
         config: The model's architecture.
         layout: Who owns what.
-        positions: Position of each token of this replica, ``[tokens]``.
+        positions: Position of each token of this replica, ``[tokens]``; or what turns heads by
+            them, where a mode runs layers for no tokens but this replica's.
         attend: Attention over this replica's KV cache.
         platform: ``cpu`` or ``gpu``: some collectives exist on one of them alone.
         kernels: Implementation of products with weights that the device picks:
@@ -49,7 +51,7 @@ class LayerContext:
 
     config: ModelConfig
     layout: PoolLayout
-    positions: jax.Array
+    positions: jax.Array | HeadTurner
     attend: Attend
     platform: str
     kernels: str

@@ -1,0 +1,151 @@
+"""Norm and rotary embedding of query and key heads for Hopper, in Pallas' Mosaic GPU dialect.
+
+XLA makes four kernels of this in every layer: it cuts the projection's result apart before it
+works on the parts. Here one kernel reads the result once and writes queries, keys and values.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from sidp_jax.kernels.mosaic import gpu_kernel
+
+ROWS = 64  # tokens of one tile
+BLOCKS = 264  # two blocks on each of the 132 multiprocessors of an H100 or H200
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def fits(tokens: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernel takes heads of this size and type, of so many tokens."""
+    return tokens >= ROWS and head_dim == 128 and dtype == jnp.bfloat16
+
+
+def check_fits(qkv: Array) -> None:
+    """Raise ValueError if the kernel cannot take this shape and type."""
+    tokens, head_dim = qkv.shape[0], qkv.shape[3]
+    if not fits(tokens, head_dim, qkv.dtype):
+        raise ValueError(
+            f"{qkv.dtype=} must be bfloat16, {head_dim=} 128 and {tokens=} at least {ROWS} for the "
+            "mosaic kernel; use 'reference'"
+        )
+
+
+def turn_heads_mosaic(
+    qkv: Float[Array, "tokens kv_heads group head_dim"],
+    q_scale: Float[Array, "head_dim"] | None,
+    k_scale: Float[Array, "head_dim"] | None,
+    positions: Int[Array, "tokens"],
+    inverse_frequencies: Float[Array, "half"],
+    *,
+    eps: float,
+    interpret: Any = None,
+) -> tuple[
+    Float[Array, "tokens heads head_dim"],
+    Float[Array, "tokens kv_heads head_dim"],
+    Float[Array, "tokens kv_heads head_dim"],
+]:
+    """`turn_heads` with the Hopper kernel; `interpret` runs it on the CPU (tests)."""
+    check_fits(qkv)
+    # Alike in all layers of a step: XLA makes the two tables once.
+    angles = positions[:, None].astype(jnp.float32) * inverse_frequencies[None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    tokens, kv_heads, group, head_dim = qkv.shape
+    queries, half = group - 2, head_dim // 2
+    tiles = pl.cdiv(tokens, ROWS)
+    items = tiles * kv_heads * group
+    blocks = min(items, BLOCKS)
+    norm = q_scale is not None
+    scales = (q_scale, k_scale) if norm else ()
+
+    def columns(ref, first):
+        """Half of a scale, for all rows of a tile."""
+        if interpret:
+            x = ref[pl.ds(first, half)]
+        else:
+            x = plgpu.load(ref, (pl.ds(first, half),), layout=_COLUMNS, optimized=False)
+        return lax.broadcast_in_dim(x, (ROWS, half), [1])
+
+    def tile_of(ref, first):
+        if interpret:
+            return ref[:, pl.ds(first, half)]
+        where = (slice(None), pl.ds(first, half))
+        return plgpu.load(ref, where, layout=plgpu.Layout.WGMMA, optimized=False)
+
+    def kernel(qkv_ref, cos_ref, sin_ref, *refs):
+        scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
+        q_out, k_out, v_out, x_smem, y_smem, cos_smem, sin_smem, loaded = refs
+        block = lax.axis_index("block")
+
+        def item(i, _):
+            number = block + i * blocks
+            tile = lax.div(number, jnp.int32(kv_heads * group))
+            head = lax.rem(number, jnp.int32(kv_heads * group))
+            kv_head = lax.div(head, jnp.int32(group))
+            place = lax.rem(head, jnp.int32(group))
+            # The last tile begins early enough to be whole: some rows are written twice, alike.
+            rows = pl.ds(jnp.minimum(tile * ROWS, tokens - ROWS), ROWS)
+            plgpu.copy_gmem_to_smem(qkv_ref.at[rows, head], x_smem, loaded)
+            plgpu.copy_gmem_to_smem(cos_ref.at[rows], cos_smem, loaded)
+            plgpu.copy_gmem_to_smem(sin_ref.at[rows], sin_smem, loaded)
+            plgpu.barrier_wait(loaded)
+
+            @pl.when(place == queries + 1)
+            def _value():
+                plgpu.copy_smem_to_gmem(x_smem, v_out.at[rows, kv_head])
+
+            @pl.when(place <= queries)
+            def _turn():
+                parts = [tile_of(x_smem, first).astype(jnp.float32) for first in (0, half)]
+                if norm:
+                    square = parts[0] * parts[0] + parts[1] * parts[1]
+                    mean = square.sum(axis=1) * (1.0 / head_dim)
+                    shrink = lax.broadcast_in_dim(lax.rsqrt(mean + eps), (ROWS, half), [0])
+                    is_key = place == queries
+                    for n, first in enumerate((0, half)):
+                        scale = [columns(ref, first) for ref in scale_refs]
+                        scale = jnp.where(is_key, scale[1], scale[0])
+                        normed = (parts[n] * shrink).astype(qkv.dtype)
+                        parts[n] = (scale * normed).astype(jnp.float32)
+                cosine, sine = tile_of(cos_smem, 0), tile_of(sin_smem, 0)
+                first, second = parts
+                turned = (first * cosine - second * sine, second * cosine + first * sine)
+                for begin, part in zip((0, half), turned, strict=True):
+                    y_smem[:, pl.ds(begin, half)] = part.astype(qkv.dtype)
+                plgpu.commit_smem()
+
+                @pl.when(place < queries)
+                def _query():
+                    q_head = kv_head * queries + place
+                    plgpu.copy_smem_to_gmem(y_smem, q_out.at[rows, q_head])
+
+                @pl.when(place == queries)
+                def _key():
+                    plgpu.copy_smem_to_gmem(y_smem, k_out.at[rows, kv_head])
+
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.fori_loop(0, lax.div(items - 1 - block, jnp.int32(blocks)) + 1, item, None)
+
+    heads = (kv_heads * queries, kv_heads, kv_heads)
+    tile = (ROWS, head_dim)
+    return tuple(
+        gpu_kernel(
+            kernel,
+            name="turn_heads",
+            grid=blocks,
+            out_type=[jax.ShapeDtypeStruct((tokens, n, head_dim), qkv.dtype) for n in heads],
+            scratch=[
+                plgpu.SMEM(tile, qkv.dtype),
+                plgpu.SMEM(tile, qkv.dtype),
+                plgpu.SMEM((ROWS, half), jnp.float32),
+                plgpu.SMEM((ROWS, half), jnp.float32),
+                plgpu.Barrier(num_arrivals=3),
+            ],
+            interpret=interpret,
+        )(qkv.reshape(tokens, kv_heads * group, head_dim), cos, sin, *scales)
+    )
