@@ -8,7 +8,8 @@ list of ``[in, out]`` pairs. Prints, per case, throughput beside the floor for t
 comes from the matrix and copy rates measured in the same run. On a GPU a few steps in the middle of
 each case are traced, for the share of time that the GPU waits, between programs and inside them,
 and for that of the sampler; ``--decode N`` (repeatable) does the same for steps of N sequences that
-all decode, ``--decode N,TOP_P`` where they sample. The clock stands still while a trace is written.
+all decode, ``--decode N,TOP_P`` where they sample; give ``prefill=first`` and as many
+``max_num_seqs`` with it. The clock stands still while a trace is written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,10 +32,12 @@ from report import Report
 from sidp_jax.config import load_config
 from sidp_jax.engine import Engine
 from sidp_jax.request import SamplingParams
-from sidp_jax.startup import start_jax
+from sidp_jax.startup import resolve_platform, start_jax
 
 Lengths = list[tuple[int, int]]
 _DECODE_STEPS = 20
+# Otherwise XLA launches kernel by kernel while a profiler looks on, and a trace shows other gaps.
+_TRACED_AS_RUN = "--xla_enable_command_buffers_during_profiling=true"
 
 
 @dataclass(frozen=True)
@@ -157,19 +161,16 @@ class Trace:
 
     def figures(self) -> dict[str, float]:
         """Length of a step, time of its kernels, and how the GPU waits; see ``gpu_trace``."""
-        activity = read_activity(self.folder)
-        print(activity.table())
-        busy = activity.busy_s / self.steps
-        figures = {
-            "step_ms": self._step_s * 1e3,
-            "gpu_busy_ms": busy * 1e3,
-            "gpu_idle_share": 1 - busy / self._step_s,
-        }
+        figures = {"step_ms": self._step_s * 1e3}
         try:
-            return figures | activity.steps().figures(self._step_s)
+            activity = read_activity(self.folder)
+            print(activity.table())
+            busy = activity.busy_s / self.steps
+            figures |= {"gpu_busy_ms": busy * 1e3, "gpu_idle_share": 1 - busy / self._step_s}
+            figures |= activity.steps().figures(self._step_s)
         except ValueError as error:  # the job is done, and its other figures hold
-            print(f"no figures step by step: {error}")
-            return figures
+            print(f"not all that a trace should tell: {error}")
+        return figures
 
 
 def run_case(
@@ -240,6 +241,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("sidp_jax").setLevel(logging.INFO)
     config = load_config(arguments.config, ["load_format=dummy", *arguments.overrides])
+    if arguments.trace is not None and resolve_platform(config.platform) == "gpu":
+        # First, so that the same flag from the user beats it.
+        os.environ["XLA_FLAGS"] = f"{_TRACED_AS_RUN} {os.environ.get('XLA_FLAGS', '')}".strip()
     start_jax(config)
     import jax
 

@@ -80,7 +80,8 @@ class StepFigures:
         """Where the time of a step goes, in milliseconds and as shares.
 
         The profiler slows the host, not the GPU. So what the GPU waits for between programs is the
-        length of a step without a profiler, less the programs in the trace.
+        length of a step without a profiler, less the programs in the trace. That holds for programs
+        that run as one command buffer; launched kernel by kernel they have gaps of the profiler's.
 
         Args:
             step_s: Seconds of a step, untraced.
