@@ -192,20 +192,20 @@ def read_activity(folder: Path) -> Activity:
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise ValueError(f"no *.xplane.pb below {folder}; was a trace taken?")
-    return read_planes(ProfileData.from_file(str(files[-1])).planes, str(files[-1]))
+    return activity_of(ProfileData.from_file(str(files[-1])), str(files[-1]))
 
 
-def read_planes(planes: Iterable[Any], source: str) -> Activity:
+def activity_of(profile: Any, source: str) -> Activity:
     """The first GPU's activity in a profile.
 
     Args:
-        planes: Of a ``jax.profiler.ProfileData``.
-        source: Where they are from, for messages.
+        profile: A ``jax.profiler.ProfileData``.
+        source: Where it is from, for messages.
 
     Raises:
-        ValueError: They show no kernels of a GPU.
+        ValueError: It shows no kernels of a GPU.
     """
-    named = {plane.name: plane for plane in planes}
+    named = {plane.name: plane for plane in profile.planes}
     gpu = next((named[name] for name in sorted(named) if name.startswith("/device:GPU")), None)
     if gpu is None:
         raise ValueError(f"{source} shows no GPU, only {', '.join(named)}")
