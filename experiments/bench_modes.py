@@ -3,12 +3,15 @@ r"""Time steps in every mode on the real GPUs of a node: what pooling costs over
     PYTHONPATH=. python experiments/bench_modes.py --model experiments/shapes/qwen2.5_72b \
         --layers 16 --pool-size 2 --out experiments/results/modes.json
 
+    PYTHONPATH=. python experiments/bench_modes.py --model experiments/shapes/qwen2.5_72b \
+        --layers 24 --host-layers 6 --out experiments/results/host_layers.json
+
 First the link's ceiling is measured, by plain broadcasts and permutations of messages as large as a
 layer and as the activations of a step. Then steps run many in a row, with dummy weights: up to
 ``--max-num-seqs`` tokens decode one token of each of as many sequences with ``--context`` tokens,
 more prefill prompts of that length. The floor of a step is the longer of two times: that of
 ``replicated``, where every layer is at home, and the one that its messages take on the link, at the
-ceiling.
+ceiling. With ``--host-layers`` the link is that from the host's memory to the one GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from report import Report
 from sidp_jax.checkpoint import load_weights
 from sidp_jax.config import EngineConfig
 from sidp_jax.hardware import Hardware, as_values, load_profile, profile_for
+from sidp_jax.measure import host_bandwidth
 from sidp_jax.mesh import POOL, make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
@@ -128,6 +132,19 @@ def measure_link(
     return measured
 
 
+def measure_host(
+    report: Report, model: ModelConfig, options: argparse.Namespace, profile: Hardware
+) -> dict[str, Hardware]:
+    """Measures copies from the host, as large as a layer and as its kernels. Like the link's."""
+    dtype, best = jnp.dtype(options.dtype), 0.0
+    kernels = [dtype.itemsize * prod(spec.shape) for spec in layer_spec(model).values()]
+    for nbytes in sorted({sum(kernels), max(kernels)}):
+        rate = host_bandwidth(jax.devices()[0], nbytes)
+        report.add("link", {"what": "host to device", "bytes": nbytes, "bytes_per_s": rate})
+        best = max(best, rate)
+    return dict.fromkeys(TRANSFERS, replace(profile, name="measured", host_bandwidth=best))
+
+
 def _platform(mesh: Mesh) -> str:
     return "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
 
@@ -170,6 +187,7 @@ class Bench:
             self.mesh,
             resident_layers,
             attention=options.attention,
+            on_host=bool(options.host_layers) and REPLICATED not in modes,
             layer_loop=options.layer_loop,
             dtype=jnp.dtype(options.dtype),
             page_size=options.page_size,
@@ -181,6 +199,7 @@ class Bench:
             for mode in modes
             for size in options.tokens
         }
+        on_host = form.program.layout.on_host
         programs = {}
         for (mode, size), program, seconds in compile_all(lowerings, threads=options.threads):
             with self.report.errors(mode=mode, tokens=size):
@@ -190,6 +209,7 @@ class Bench:
         stepper = Stepper(form, self._weights(form), self.pages)
         for (mode, size), (program, seconds) in programs.items():
             case = {"mode": mode, "tokens_per_replica": size}
+            case |= {"host_layers": options.host_layers} if on_host else {}
             if time.monotonic() > options.deadline:
                 self.report.add("errors", case | {"error": _BUDGET})
                 continue
@@ -234,7 +254,8 @@ class Bench:
         policy = layer_policy(form, mode, self.profile)
         row["estimate_layer_ms_without_attention"] = policy.seconds(mode, size) * 1e3
         hardware = self.link["broadcast" if mode == WAS else "ppermute"]
-        link = layers * link_seconds(replace(policy, hardware=hardware), mode, size)
+        fetched = len(form.program.layout.pooled)
+        link = fetched * link_seconds(replace(policy, hardware=hardware), mode, size)
         row["link_bound_ms"] = link * 1e3
         if mode == REPLICATED:
             self._seconds[size], self._logits[size] = seconds, logits
@@ -254,7 +275,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder with config.json")
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--pool-size", type=int, required=True)
+    parser.add_argument("--pool-size", type=int, default=1)
+    parser.add_argument("--host-layers", type=int, default=0, help="of a pool of one")
     parser.add_argument("--tokens", default="16,128,512,2048,8192", help="per replica and step")
     parser.add_argument("--modes", default=",".join(RUN_LAYERS))
     parser.add_argument("--context", type=int, default=1024)
@@ -275,6 +297,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown := set(options.modes) - set(RUN_LAYERS):
         known = ", ".join(RUN_LAYERS)
         parser.error(f"--modes: unknown {', '.join(sorted(unknown))}; known: {known}")
+    if options.host_layers:
+        options.modes = (REPLICATED, WAS)
+        if options.pool_size != 1 or options.host_layers > options.layers:
+            parser.error("--host-layers: at most --layers of them, and --pool-size 1")
+    elif options.pool_size < 2:
+        parser.error("--pool-size: at least 2, or give --host-layers")
     options.tokens = tuple(sorted(int(size) for size in options.tokens.split(",")))
     options.deadline = time.monotonic() + options.budget_s
     return options
@@ -286,7 +314,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("sidp_jax").setLevel(logging.INFO)
     start_jax(
-        EngineConfig(model=options.model, pool_size=options.pool_size, platform=options.platform)
+        EngineConfig(
+            model=options.model,
+            pool_size=options.pool_size,
+            pool_host_layers=options.host_layers,
+            platform=options.platform,
+            dtype=options.dtype,
+        )
     )
     device = jax.devices()[0]
     profile = load_profile(options.hardware or profile_for(device.device_kind, device.platform))
@@ -296,10 +330,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     what = f"measured on {where}" if device.platform == "gpu" else f"{where}: no performance"
     report = Report(what, options.out, hardware=as_values(profile), layers=options.layers)
     mesh = make_mesh(options.pool_size)
-    link = measure_link(report, mesh, model, options, profile)
+    if options.host_layers:
+        link = measure_host(report, model, options, profile)
+    else:
+        link = measure_link(report, mesh, model, options, profile)
     bench = Bench(options, report, mesh, model, profile, link)
     pooled = tuple(mode for mode in options.modes if mode != REPLICATED)
-    for modes, resident in (((REPLICATED,), options.layers), (pooled, 0)):
+    kept = options.layers - options.host_layers if options.host_layers else 0
+    for modes, resident in (((REPLICATED,), options.layers), (pooled, kept)):
         if set(modes) & set(options.modes):
             with report.errors(modes=modes):
                 bench.run(modes, resident)

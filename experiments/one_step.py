@@ -92,10 +92,17 @@ class Form:
 
     @classmethod
     def make(
-        cls, model: ModelConfig, mesh: Mesh, resident_layers: int, *, attention: str, **rest: Any
+        cls,
+        model: ModelConfig,
+        mesh: Mesh,
+        resident_layers: int,
+        *,
+        attention: str,
+        on_host: bool = False,
+        **rest: Any,
     ) -> Form:
         """The form of a model with so many layers that every replica keeps."""
-        layout = PoolLayout(model.num_layers, mesh.shape["pool"], resident_layers)
+        layout = PoolLayout(model.num_layers, mesh.shape["pool"], resident_layers, on_host)
         return cls(StepProgram(model, layout, mesh, attention), **rest)
 
     def batch_layout(self, tokens: int) -> BatchLayout:
@@ -325,7 +332,15 @@ def layer_policy(form: Form, mode: str, hardware: Hardware) -> Policy:
     """The policy's formulas for one mode and one layer of a form, on some hardware."""
     program = form.program
     shape = estimate.layer_shape(program.config, program.tensor_size, form.dtype.itemsize)
-    return Policy((mode,), program.layout.pool_size, shape, hardware)
+    layout = program.layout
+    return Policy(
+        (mode,),
+        layout.pool_size,
+        shape,
+        hardware,
+        resident_layers=layout.resident_layers,
+        on_host=layout.on_host,
+    )
 
 
 def link_seconds(policy: Policy, mode: str, tokens: int) -> float:
@@ -334,7 +349,7 @@ def link_seconds(policy: Policy, mode: str, tokens: int) -> float:
     if mode == REPLICATED:
         return 0.0
     if mode == WAS:
-        return fetch_seconds(shape, hardware)
+        return fetch_seconds(shape, hardware, policy.on_host)
     if mode == CAS:
         return lockstep_hop_seconds(tokens, policy.pool_size, shape, hardware)
     return staggered_hop_seconds(tokens, shape, hardware)

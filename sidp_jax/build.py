@@ -23,13 +23,13 @@ from sidp_jax.measure import measure_hardware
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS_STAGGERED, Policy
-from sidp_jax.pool import PoolLayout, kv_bytes_per_page
+from sidp_jax.pool import kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
 from sidp_jax.scheduler import Scheduler, SchedulerConfig
 from sidp_jax.settle import (
     check_tensor_parallel,
-    is_plain,
+    layout_of,
     longest_sequence,
     make_policy,
     step_costs,
@@ -58,7 +58,8 @@ def build_engine(config: EngineConfig) -> Engine:
     max_model_len = longest_sequence(config, model)
     layer_loop = config.layer_loop
     if layer_loop == "auto":
-        layer_loop = "scan" if program.platform == "cpu" else "unrolled"
+        scan = program.platform == "cpu" and not program.layout.on_host
+        layer_loop = "scan" if scan else "unrolled"
     weights = load_weights(
         config.model_path,
         model,
@@ -120,8 +121,7 @@ def _settle(config: EngineConfig) -> tuple[ModelConfig, StepProgram, Policy]:
     """Model, programs and policy; every way in which they do not fit is a ``ConfigError``."""
     try:
         model = ModelConfig.from_pretrained(config.model_path)
-        resident = model.num_layers if is_plain(config) else config.resident_layers
-        layout = PoolLayout(model.num_layers, config.pool_size, resident)
+        layout = layout_of(config, model)
         mesh = make_mesh(config.pool_size, config.tensor_parallel_size)
         check_tensor_parallel(config, model)
         policy = make_policy(config, model, _hardware(config, model, mesh))
@@ -243,12 +243,13 @@ def _hardware(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Hardware:
 
 def _log_sizes(engine: Engine, weights: Weights) -> None:
     program = engine.runner.program
+    layout = program.layout
     logger.info(
-        "weights: %.2f GB per device, %d of %d layers resident, pool of %d, attention: %s",
+        "weights: %.2f GB per device, %d of %d layers resident, %s, attention: %s",
         nbytes_per_device(weights) / 1e9,
-        program.layout.resident_layers,
-        program.layout.num_layers,
-        program.layout.pool_size,
+        layout.resident_layers,
+        layout.num_layers,
+        "the others on the host" if layout.on_host else f"pool of {layout.pool_size}",
         program.attention,
     )
     logger.info(

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -90,12 +91,16 @@ def load_weights(
     """
     started = time.perf_counter()
     dtype = jnp.dtype(dtype)
-    spec = partial(weights_spec, model_config, layout, mesh, dtype=dtype)
+    spec = partial(weights_spec, model_config, mesh=mesh, dtype=dtype)
+    on_devices = replace(layout, on_host=False)
     if load_format == "auto":
         load_format = detect_format(path)
     with _open_source(path, model_config, load_format, seed) as source:
         weights = _assemble(
-            source, layout, spec(layer_loop="unrolled"), spec(layer_loop=layer_loop)
+            source,
+            layout,
+            spec(on_devices, layer_loop="unrolled"),
+            spec(layout, layer_loop=layer_loop),
         )
     jax.block_until_ready(weights)
     size = sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(weights))
@@ -141,12 +146,17 @@ def _open_source(
 
 
 def _assemble(source: Source, layout: PoolLayout, rows: Weights, target: Weights) -> Weights:
-    """All parameters from a source, in the form of ``target``; ``rows`` is the unrolled form."""
+    """All parameters from a source, in the form of ``target``.
+
+    ``rows`` is the unrolled form, on the devices: what the host owns goes there through them.
+    """
     owners = range(layout.pool_size)
     pooled = (
         source.pooled_row(tuple(layout.layer_at(row, owner) for owner in owners), leaves)
         for row, leaves in enumerate(rows.pooled)
     )
+    if layout.on_host:
+        pooled = map(_moved, pooled, target.pooled)
     resident = (
         source.resident_layer(layer, leaves)
         for layer, leaves in zip(layout.resident, rows.resident, strict=True)
@@ -162,6 +172,13 @@ def _assemble(source: Source, layout: PoolLayout, rows: Weights, target: Weights
         final_norm=outer[hf.FINAL_NORM],
         head=outer.get(hf.HEAD),
     )
+
+
+def _moved(layer: NamedArrays, target: LayerParams) -> NamedArrays:
+    """A layer's parameters in the memory that ``target`` says."""
+    for name, array in layer:
+        yield name, jax.device_put(array, target[name].sharding).block_until_ready()
+        del array  # before the next one is made, not after
 
 
 def _collect(layers: Iterable[NamedArrays], target: LayerStack, axis: int) -> LayerStack:

@@ -46,6 +46,11 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         lambda x: x >= 0,
         "0 leaves every layer to its one owner",
     ),
+    "pool_host_layers": (
+        "at least 0",
+        lambda x: x >= 0,
+        "0 keeps all layers on the GPU",
+    ),
     "max_model_len": (
         "at least 2, one token of prompt and one of output",
         lambda x: x >= 2,
@@ -105,6 +110,8 @@ class EngineConfig:
             and is ``lockstep`` elsewhere and with resident layers.
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.
+        pool_host_layers: Layers that the host owns: they lie in its pinned memory and are fetched
+            (WaS) step by step. For one GPU, whose memory they would not fit into.
         attention: Implementation of attention; ``auto`` is ``reference`` on the CPU and ``mosaic``
             (Hopper kernels) on a GPU, which on one that is no Hopper is an error that names the
             choice between ``cudnn`` and ``reference``.
@@ -139,6 +146,7 @@ class EngineConfig:
     cas_schedule: Literal["auto", "lockstep", "staggered"] = "auto"
     layer_loop: Literal["auto", "scan", "unrolled"] = "auto"
     resident_layers: int = 0
+    pool_host_layers: int = 0
     attention: Literal["auto", "reference", "mosaic", "cudnn"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -176,11 +184,35 @@ class EngineConfig:
                 f"cas_schedule='staggered' needs resident_layers=0, got {self.resident_layers}: a "
                 "layer that is everywhere has no owner to go to; set one of them back"
             )
+        if self.pool_host_layers:
+            self._check_host_layers()
         if self.hardware != "auto":
             from sidp_jax.hardware import MEASURE, is_profile_file, profile_names
 
             if not is_profile_file(self.hardware):
                 _one_of("hardware", self.hardware, ("auto", MEASURE, *profile_names()))
+
+    def _check_host_layers(self) -> None:
+        count = self.pool_host_layers
+        if self.num_devices != 1:
+            raise ConfigError(
+                f"pool_host_layers={count} is for one GPU, and pool_size x tensor_parallel_size is "
+                f"{self.num_devices}; set it to 0: a larger pool keeps its layers on its GPUs"
+            )
+        if self.mode not in ("auto", "was"):
+            raise ConfigError(
+                f"pool_host_layers={count} needs mode=was or auto, got {self.mode!r}: the host "
+                "computes nothing, its layers are fetched"
+            )
+        if self.resident_layers:
+            raise ConfigError(
+                f"pool_host_layers={count} needs resident_layers=0, got {self.resident_layers}: "
+                "all other layers are on the GPU anyway"
+            )
+        if self.layer_loop == "scan":
+            raise ConfigError(
+                f"pool_host_layers={count} needs layer_loop=unrolled or auto, got 'scan'"
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "EngineConfig":

@@ -50,6 +50,7 @@ FORMULA = (
     "replicated: a layer takes dense(t) + attention + reductions",
     "was: a fetch (layer bytes / link) rides under the dense part of the layers before it, and the",
     "  longer one counts, and a share of the shorter one, which disturbs it; attention on top",
+    "  (from the host it disturbs nothing, and rides under attention, too)",
     "cas, lockstep: a layer takes dense(pool x t) + 4 hops + attention + everyone's reductions",
     "cas, staggered: a layer takes dense(t) x ratio of the indexed GEMM + 3 hops + attention",
     "  + reductions; pool - 1 more of them fill and drain a step",
@@ -145,6 +146,7 @@ class Candidate:
         max_num_seqs: Sequences of one replica.
         max_num_batched_tokens: Tokens of one replica's largest step.
         num_kv_pages: Pages of one replica; None is what the memory has room for.
+        on_host: Whether the host owns the layers that are not resident; for a pool of one.
     """
 
     pool_size: int
@@ -155,6 +157,7 @@ class Candidate:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_kv_pages: int | None = None
+    on_host: bool = False
 
     def __post_init__(self) -> None:
         if not set(self.modes) <= set(KNOWN_MODES):
@@ -181,6 +184,7 @@ class Memory:
         usable: What may be used; None where it is not known.
         kv_tokens: Tokens that one replica's cache holds.
         fits: Whether it runs: there is room for a sequence of ``max_model_len``.
+        host: Bytes of layers in the host's pinned memory.
     """
 
     weights: int
@@ -191,13 +195,16 @@ class Memory:
     usable: int | None
     kv_tokens: int
     fits: bool
+    host: int = 0
 
 
 def memory(setting: Setting, candidate: Candidate) -> Memory:
     """Bytes per device of a configuration."""
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
     layer_bytes = layer_shape(model, size, item).weight_bytes
-    layout = _layout(model.num_layers, candidate.pool_size, candidate.resident_layers)
+    layout = _layout(
+        model.num_layers, candidate.pool_size, candidate.resident_layers, candidate.on_host
+    )
     weights = weight_bytes_per_device(
         layout,
         layer_bytes=layer_bytes,
@@ -207,8 +214,7 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
         tied=model.tie_word_embeddings,
         dtype_bytes=item,
     )
-    pooled = model.num_layers - candidate.resident_layers
-    buffers = sum(fetch_bytes(model, size, item, pooled)) if WAS in candidate.modes else 0
+    buffers = sum(fetch_bytes(setting, candidate)) if WAS in candidate.modes else 0
     activations = max(activation_bytes(setting, candidate).values())
     sampling = SAMPLING_BYTES * candidate.max_num_seqs * model.vocab_size
     page = kv_bytes_per_page(
@@ -226,21 +232,31 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
     elif pages is None:
         pages = max(0, usable - fixed) // page
     fits = pages >= longest and (usable is None or fixed + pages * page <= usable)
-    tokens = pages * setting.page_size
-    return Memory(weights, buffers, activations, sampling, pages * page, usable, tokens, fits)
+    return Memory(
+        weights,
+        buffers,
+        activations,
+        sampling,
+        pages * page,
+        usable,
+        pages * setting.page_size,
+        fits,
+        host=len(layout.pooled) * layer_bytes if layout.on_host else 0,
+    )
 
 
-def fetch_bytes(model: ModelConfig, tensor_size: int, dtype_bytes: int, pooled: int) -> list[int]:
+def fetch_bytes(setting: Setting, candidate: Candidate) -> list[int]:
     """Bytes that WaS fetches into: the kernels of a layer, and the next one's down projection.
 
-    The next one's other kernels arrive when their like have been used.
+    The next one's other kernels arrive when their like have been used; from the host all do.
     """
+    pooled = setting.model.num_layers - candidate.resident_layers
     if pooled == 0:
         return [0, 0]
-    parameters = layer_parameters(model)
+    parameters = layer_parameters(setting.model)
     kernels = sum(prod(p.shape) for name, p in parameters.items() if name.endswith("kernel"))
-    ahead = prod(parameters["down.kernel"].shape) if pooled > 1 else 0
-    return [dtype_bytes * count // tensor_size for count in (kernels, ahead)]
+    ahead = prod(parameters["down.kernel"].shape) if pooled > 1 and not candidate.on_host else 0
+    return [setting.dtype_bytes * n // candidate.tensor_size for n in (kernels, ahead)]
 
 
 def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
@@ -259,14 +275,14 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
     logits = LOGIT_BYTES * candidate.max_num_seqs * model.vocab_size
     exchanged = 2 * logits // size + (logits if size > 1 else 0)
     policy = policy_of(setting, candidate)
-    needed, resident = {}, candidate.resident_layers
+    needed = {}
     for mode in candidate.modes:
         sizes = [t for t in buckets(candidate) if policy.may_run(mode, t)]
         rows = max(sizes, default=0) * (candidate.pool_size if mode == CAS else 1)
         streams = 4 if mode == CAS_STAGGERED else 2
         busiest = rows * (streams * shape.activation_bytes + inner)
         if mode == WAS:
-            kernels, ahead = fetch_bytes(model, size, item, model.num_layers - resident)
+            kernels, ahead = fetch_bytes(setting, candidate)
             product = rows * model.intermediate_size * item // size
             at_down = rows * streams * shape.activation_bytes + product
             needed[mode] = max(at_down, busiest - ahead, exchanged - kernels - ahead)
@@ -435,6 +451,7 @@ def policy_of(setting: Setting, candidate: Candidate) -> Policy:
         candidate.modes,
         candidate.pool_size,
         candidate.resident_layers,
+        candidate.on_host,
     )
 
 
@@ -445,9 +462,12 @@ def _policy(
     modes: tuple[str, ...],
     pool_size: int,
     resident_layers: int,
+    on_host: bool,
 ) -> Policy:
     """One policy for all candidates that decide alike: it remembers what it has computed."""
-    return Policy(modes, pool_size, shape, hardware, resident_layers=resident_layers)
+    return Policy(
+        modes, pool_size, shape, hardware, resident_layers=resident_layers, on_host=on_host
+    )
 
 
 _ladder = cache(token_buckets)

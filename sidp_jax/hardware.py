@@ -74,6 +74,8 @@ class Hardware:
         layer_ms: Measured times of layers, ascending in bytes; empty is the roofline.
         indexed_matmul_ratio: Time of the GEMMs that pick their slab row on the device, by tokens,
             relative to those that need not; empty where there is no such kernel.
+        host_bandwidth: Bytes/s of a copy from the host's pinned memory into one GPU; 0 where it is
+            not known.
         step_overhead: Seconds of a step beyond its layers, head and sampling.
         fetch_interference: How much longer compute and a fetch beneath it take together than the
             longer one alone, as a share of the shorter one: a collective takes cores and memory
@@ -94,6 +96,7 @@ class Hardware:
     kv_update: Curve = ()
     layer_ms: tuple[LayerTimes, ...] = ()
     indexed_matmul_ratio: Curve = ()
+    host_bandwidth: float = 0.0
     step_overhead: float = 0.0
     fetch_interference: float = 0.0
 
@@ -106,6 +109,7 @@ class Hardware:
             "memory_bytes",
             "permute_bandwidth",
             "decode_bandwidth",
+            "host_bandwidth",
             "step_overhead",
             "fetch_interference",
         ):

@@ -1,8 +1,8 @@
 """Times this machine: the hardware profile of ``hardware: measure``, in seconds of measurements.
 
 Copy, the dense part of one decoder layer at the token ladder, attention where the device has the
-kernels, and the link where there is more than one device. What could not be measured here is said
-in the profile's ``assumptions``.
+kernels, the copy from the host's memory, and the link where there is more than one device. What
+could not be measured here is said in the profile's ``assumptions``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from sidp_jax.estimate import layer_shape
@@ -25,6 +25,7 @@ from sidp_jax.hardware import Hardware, LayerTimes, load_profile, profile_for
 from sidp_jax.kernels.ragged_attention import ragged_attention
 from sidp_jax.kernels.self_check import KernelError, require_hopper
 from sidp_jax.models.config import ModelConfig
+from sidp_jax.weights import HOST_MEMORY
 
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CPU_TOKENS = (1, 16, 64, 256)
@@ -54,6 +55,7 @@ def measure_hardware(model: ModelConfig, tensor_size: int, dtype: str) -> Hardwa
     times = _layer_times(model, tensor_size, kind, on_gpu)
     rates = [t * times.flops_per_token / (ms / 1e3) for t, ms in times.milliseconds]
     link, assumed = _link(device)
+    host = host_bandwidth(device, (1 << 30) if on_gpu else (16 << 20))
     attention, missing = _attention(model, tensor_size, kind, device)
     assumptions = [*assumed, *missing]
     if not on_gpu:
@@ -63,6 +65,7 @@ def measure_hardware(model: ModelConfig, tensor_size: int, dtype: str) -> Hardwa
         flops=max(rates),
         memory_bandwidth=max(copy, times.weight_bytes / (times.milliseconds[0][1] / 1e3)),
         memory_bytes=_memory_bytes(device),
+        host_bandwidth=host,
         layer_ms=(times,),
         source=f"measured on {jax.device_count()} x {device.device_kind} with jax {jax.__version__}"
         + f", layers of {model.architecture} in {dtype}",
@@ -94,6 +97,13 @@ def _copy_bandwidth(nbytes: int) -> float:
     """Bytes/s, read plus written."""
     block = jnp.ones(nbytes // 4, jnp.float32)
     return 2 * nbytes / seconds_of(jax.jit(lambda x: x + 1), block)
+
+
+def host_bandwidth(device: jax.Device, nbytes: int) -> float:
+    """Bytes/s of a copy of so many bytes from the host's pinned memory to a device."""
+    here = SingleDeviceSharding(device)
+    pinned = jax.device_put(np.ones(nbytes, np.int8), here.with_memory_kind(HOST_MEMORY))
+    return nbytes / seconds_of(lambda: jax.device_put(pinned, here))
 
 
 def _layer_times(model: ModelConfig, tensor_size: int, dtype: np.dtype, on_gpu: bool) -> LayerTimes:

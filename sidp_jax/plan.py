@@ -57,8 +57,13 @@ from sidp_jax.plan_search import (
     pooled_candidates,
     tensor_sizes,
 )
-from sidp_jax.pool import PoolLayout
-from sidp_jax.settle import DTYPE_BYTES, check_tensor_parallel, longest_sequence, modes_of
+from sidp_jax.settle import (
+    DTYPE_BYTES,
+    check_tensor_parallel,
+    layout_of,
+    longest_sequence,
+    make_policy,
+)
 from sidp_jax.startup import count_gpus, resolve_platform, start_jax
 
 DEFAULT_WORKLOAD = Workload(1024, 256)
@@ -198,7 +203,7 @@ def make_plan(
     )
     devices = config.num_devices if num_devices is None else num_devices
     configured = _configured(config, model, setting.hardware, devices)
-    layout = PoolLayout(model.num_layers, configured.pool_size, configured.resident_layers)
+    layout = layout_of(config, model)
     policy = policy_of(setting, configured)
     options = _options(setting, configured, devices, workload)
     return {
@@ -290,17 +295,19 @@ def _configured(
             "pool_size x tensor_parallel_size; change one of them"
         )
     check_tensor_parallel(config, model)
-    # In a pool of one every layer is at home, whatever the mode.
-    modes = (REPLICATED,) if config.pool_size == 1 else modes_of(config, hardware)
+    if config.pool_size == 1 and not config.pool_host_layers:
+        config = replace(config, mode=REPLICATED)  # every layer is at home, whatever the mode
+    policy = make_policy(config, model, hardware)
     return Candidate(
         pool_size=config.pool_size,
         tensor_size=config.tensor_parallel_size,
         pools=devices // config.num_devices,
-        resident_layers=model.num_layers if modes == (REPLICATED,) else config.resident_layers,
-        modes=modes,
+        resident_layers=policy.resident_layers,
+        modes=policy.modes,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_kv_pages=config.num_kv_pages,
+        on_host=policy.on_host,
     )
 
 
@@ -348,7 +355,7 @@ def _layer_times(policy: Policy, budget: int) -> Plan:
         step = {"tokens": tokens, "replicated": policy.seconds(REPLICATED, tokens)}
         if pooled:
             step |= {mode: policy.seconds(mode, tokens) for mode in policy.modes}
-            step["fetch"] = fetch_seconds(shape, hardware)
+            step["fetch"] = fetch_seconds(shape, hardware, policy.on_host)
             step["hop"] = lockstep_hop_seconds(tokens, size, shape, hardware)
             step["hop_staggered"] = staggered_hop_seconds(tokens, shape, hardware)
             step["best"] = policy.best(tokens)
@@ -378,7 +385,8 @@ def _recommendation(setting: Setting, options: dict[str, Option]) -> Plan:
     pooled = options.get("best pooled")
     ours, theirs = _speed(pooled), _speed(plain)
     if not ours and not theirs:
-        reason = "no configuration of these GPUs fits; take more of them, or shorter sequences"
+        reason = "no configuration of these GPUs fits by itself; take more of them, or shorter "
+        reason += "sequences, or for a single GPU keep layers on the host: pool_host_layers"
         return {"pool": None, "reason": reason, "set": None}
     pool = ours > WORTHWHILE * theirs
     if not theirs:

@@ -103,6 +103,10 @@ def compile_step(
         raise ConfigError(
             f"--compile does not know hardware={hardware}; set one of {', '.join(sorted(TARGETS))}"
         )
+    if candidate.on_host:
+        raise ConfigError(
+            "--compile knows no memory of a host; leave it out, or set pool_host_layers=0"
+        )
     hopper = TARGETS[hardware].compute_capability[0] == 9
     attention = "mosaic" if hopper else "reference"
     whole = memory(setting, candidate)

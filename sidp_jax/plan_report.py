@@ -74,9 +74,12 @@ def _table(title: str, first: str, *columns: str) -> Table:
 def _owners(plan: dict[str, Any]) -> Table:
     table = _table("Who owns which layer", "replica", "layers", "count")
     table.columns[1].justify = "left"
+    on_host = plan["configurations"]["as configured"]["configuration"]["on_host"]
     for replica, layers in enumerate(plan["owners"]):
         if layers:
-            table.add_row(str(replica), ", ".join(map(str, layers)), str(len(layers)))
+            table.add_row(
+                "host" if on_host else str(replica), ", ".join(map(str, layers)), str(len(layers))
+            )
     if plan["resident"]:
         layers = plan["resident"]
         shown = "all" if len(layers) == plan["model"]["num_layers"] else ", ".join(map(str, layers))
@@ -119,6 +122,7 @@ def _memory(plan: dict[str, Any]) -> Table:
         {
             **{name: part(key) for key, name in _PARTS.items()},
             _PARTS["kv_cache"]: kv_cache,
+            **({"on the host": part("host")} if _uses_host(plan) else {}),
             f"may be used ({plan['gpu_memory_utilization']:.0%})": usable,
             "KV tokens, all GPUs": kv_tokens,
             "sequences of mean length, all GPUs": _speed(
@@ -126,6 +130,10 @@ def _memory(plan: dict[str, Any]) -> Table:
             ),
         },
     )
+
+
+def _uses_host(plan: dict[str, Any]) -> bool:
+    return any(option["memory"]["host"] for option in plan["configurations"].values())
 
 
 def _activations(plan: dict[str, Any]) -> str:

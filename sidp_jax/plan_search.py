@@ -56,7 +56,10 @@ def mode_ranges(policy: Policy) -> list[tuple[int, str]]:
 def fetch_hidden_from(policy: Policy) -> int | None:
     """The first number of tokens per replica whose compute takes as long as a fetch."""
     shape, hardware = policy.shape, policy.hardware
-    fetch = fetch_seconds(shape, hardware)
+    # Of the host's layers there are fewer than of those that a fetch rides under.
+    pooled = shape.num_layers - policy.resident_layers
+    layers = shape.num_layers / pooled if policy.on_host and pooled else 1
+    fetch = fetch_seconds(shape, hardware, policy.on_host) / layers
 
     def hidden(tokens: int) -> bool:
         size = shape.weight_bytes, shape.flops_per_token

@@ -21,11 +21,14 @@ class PoolLayout:
         resident_layers: Layers that every replica keeps. They are spread evenly and
             start with layer 0, whose fetch no compute could hide. ``num_layers`` is plain
             data parallelism.
+        on_host: Whether the owner of the layers that are not resident is the host, in whose pinned
+            memory they lie; for a pool of one.
     """
 
     num_layers: int
     pool_size: int
     resident_layers: int = 0
+    on_host: bool = False
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
@@ -39,6 +42,11 @@ class PoolLayout:
             raise ValueError(
                 f"pool_size={self.pool_size} must lie between 1 and the model's "
                 f"{self.num_layers} layers: every replica of a pool owns at least one"
+            )
+        if self.on_host and self.pool_size != 1:
+            raise ValueError(
+                f"pool_size={self.pool_size} must be 1 where the host owns layers: a larger pool "
+                "has other GPUs for them"
             )
 
     @cached_property
@@ -91,7 +99,7 @@ def weight_bytes_per_device(
     tied: bool,
     dtype_bytes: int,
 ) -> int:
-    """Bytes of weights that one device of the pool holds.
+    """Bytes of weights that one device of the pool holds, without what lies on the host.
 
     Args:
         layout: Who owns what.
@@ -101,7 +109,8 @@ def weight_bytes_per_device(
         tied: Whether the output head is the token embedding.
         dtype_bytes: Bytes of one value.
     """
-    layers = (layout.rows + layout.resident_layers) * layer_bytes
+    rows = 0 if layout.on_host else layout.rows
+    layers = (rows + layout.resident_layers) * layer_bytes
     shard = padded_vocab(vocab_size, layout.pool_size) // layout.pool_size
     tables = (1 if tied else 2) * shard * hidden_size * dtype_bytes
     return layers + tables + hidden_size * dtype_bytes

@@ -10,13 +10,35 @@ from sidp_jax.hardware import Hardware
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
 from sidp_jax.pace import StepCosts
+from sidp_jax.pool import PoolLayout
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def is_plain(config: EngineConfig) -> bool:
     """Whether every layer is at home: in ``replicated``, and by ``auto`` in a pool of one."""
+    if config.pool_host_layers:
+        return False
     return config.mode == REPLICATED or (config.mode == "auto" and config.pool_size == 1)
+
+
+def layout_of(config: EngineConfig, model: ModelConfig) -> PoolLayout:
+    """Who owns what.
+
+    Raises:
+        ValueError: The model has fewer layers than that takes.
+    """
+    if config.pool_host_layers > model.num_layers:
+        raise ConfigError(
+            f"pool_host_layers={config.pool_host_layers} must be at most the model's "
+            f"{model.num_layers} layers"
+        )
+    if config.pool_host_layers:
+        return PoolLayout(
+            model.num_layers, 1, model.num_layers - config.pool_host_layers, on_host=True
+        )
+    resident = model.num_layers if is_plain(config) else config.resident_layers
+    return PoolLayout(model.num_layers, config.pool_size, resident)
 
 
 def modes_of(config: EngineConfig, hardware: Hardware) -> tuple[str, ...]:
@@ -30,7 +52,7 @@ def modes_of(config: EngineConfig, hardware: Hardware) -> tuple[str, ...]:
     """
     if is_plain(config):
         return (REPLICATED,)
-    if config.mode == WAS:
+    if config.mode == WAS or config.pool_host_layers:
         return (WAS,)
     staggered = bool(hardware.indexed_matmul_ratio) and not config.resident_layers
     cas = {
@@ -42,14 +64,24 @@ def modes_of(config: EngineConfig, hardware: Hardware) -> tuple[str, ...]:
 
 
 def make_policy(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Policy:
-    """The policy that decides each step of a run."""
-    modes = modes_of(config, hardware)
+    """The policy that decides each step of a run.
+
+    Raises:
+        ConfigError: Layers lie on the host, and the profile does not know how fast they come.
+    """
+    modes, layout = modes_of(config, hardware), layout_of(config, model)
+    if layout.on_host and not hardware.host_bandwidth:
+        raise ConfigError(
+            f"pool_host_layers={config.pool_host_layers} needs a hardware profile with "
+            f"host_bandwidth, which {hardware.name!r} has not; set hardware=measure"
+        )
     return Policy(
         modes,
         config.pool_size,
         layer_shape(model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]),
         hardware,
-        resident_layers=model.num_layers if modes == (REPLICATED,) else config.resident_layers,
+        resident_layers=layout.resident_layers,
+        on_host=layout.on_host,
     )
 
 

@@ -11,13 +11,15 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
 from sidp_jax.config import ConfigError, EngineConfig
+from sidp_jax.estimate import layer_shape
 from sidp_jax.mesh import xla_flags
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.pool import PoolLayout
+from sidp_jax.settle import DTYPE_BYTES, layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ Platform = Literal["cpu", "gpu"]
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # jax preallocates this much more than the engine plans with, for what it cannot see.
 _PREALLOCATION_MARGIN = 0.03
+_PINNED_DEFAULT_GB = 64
 
 
 def check(config: EngineConfig, *, job: bool = False) -> None:
@@ -56,7 +59,7 @@ def _model_problems(config: EngineConfig) -> Iterator[str]:
         return
     try:
         model = ModelConfig.from_pretrained(folder)
-        PoolLayout(model.num_layers, config.pool_size, config.resident_layers)
+        layout_of(config, model)
     except (ValueError, OSError) as error:
         yield f"- model={config.model!r}: {error}"
     if config.load_format != "dummy" and not any(_weight_files(folder)):
@@ -126,7 +129,8 @@ def count_gpus() -> int:
 def start_jax(config: EngineConfig) -> None:
     """Sets jax's environment, where the user has not set it, and starts jax.
 
-    Sets JAX_PLATFORMS, XLA_FLAGS, JAX_COMPILATION_CACHE_DIR and XLA_PYTHON_CLIENT_MEM_FRACTION.
+    Sets JAX_PLATFORMS, XLA_FLAGS, JAX_COMPILATION_CACHE_DIR, XLA_PYTHON_CLIENT_MEM_FRACTION and,
+    where layers lie on the host, XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB.
 
     Raises:
         ConfigError: jax cannot start, or had started before with other devices than needed.
@@ -140,6 +144,8 @@ def start_jax(config: EngineConfig) -> None:
     if platform == "gpu":
         fraction = min(config.gpu_memory_utilization + _PREALLOCATION_MARGIN, 0.98)
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.2f}")
+    if config.pool_host_layers:
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(_pinned_gb(config)))
 
     import jax
 
@@ -161,6 +167,13 @@ def start_jax(config: EngineConfig) -> None:
             f"devices of that platform, but jax runs with {len(devices)} ({devices[0].platform})"
             + _remedy(platform, config.num_devices, imported)
         )
+
+
+def _pinned_gb(config: EngineConfig) -> int:
+    """Pinned memory that jax may take, in GB: the host's layers, and its default beside them."""
+    model = ModelConfig.from_pretrained(config.model_path)
+    layer = layer_shape(model, 1, DTYPE_BYTES[config.dtype]).weight_bytes
+    return ceil(config.pool_host_layers * layer / 1e9) + _PINNED_DEFAULT_GB
 
 
 def _remedy(platform: Platform, num_devices: int, imported: bool) -> str:

@@ -29,6 +29,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*)(?:e\w+)?\[([\d,]*)\]")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_DEVICES = re.compile(r"num_partitions=(\d+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -157,12 +158,14 @@ def read_timeline(hlo: str) -> Timeline:
     Raises:
         ValueError: The text is no scheduled module: the order of its lines would mean nothing.
     """
-    if "is_scheduled=true" not in hlo.partition("\n")[0]:
+    first = hlo.partition("\n")[0]
+    if "is_scheduled=true" not in first:
         raise ValueError(
             "the HLO text does not begin with a scheduled module; pass compiled.as_text(), not "
             "lowered.as_text()"
         )
-    return Timeline(tuple(_events(_read(hlo), "ENTRY", 1)))
+    devices = _DEVICES.search(first)
+    return Timeline(tuple(_events(_read(hlo), "ENTRY", 1, int(devices.group(1)) if devices else 1)))
 
 
 @dataclass(frozen=True)
@@ -198,19 +201,23 @@ def _read(hlo: str) -> dict[str, list[_Instruction]]:
     return computations
 
 
-def _events(computations: dict[str, list[_Instruction]], name: str, times: int) -> Iterator[Event]:
+def _events(
+    computations: dict[str, list[_Instruction]], name: str, times: int, devices: int
+) -> Iterator[Event]:
     for instruction in computations[name]:
         if instruction.opcode == "while":
             trips = _TRIPS.search(instruction.rest)
             count = times * (int(trips.group(1)) if trips else 1)
             yield Event("loop", instruction.name, f"{count} times", 0, times=times)
-            yield from _events(computations, instruction.attribute("body"), count)
+            yield from _events(computations, instruction.attribute("body"), count, devices)
             yield Event("end", instruction.name, "", 0, times=times)
-        elif (event := _event(instruction, computations)) is not None:
+        elif (event := _event(instruction, computations, devices)) is not None:
             yield replace(event, times=times)
 
 
-def _event(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> Event | None:
+def _event(
+    instruction: _Instruction, computations: dict[str, list[_Instruction]], devices: int
+) -> Event | None:
     opcode = instruction.opcode
     base = opcode.removesuffix("-start").removesuffix("-done")
     shape, nbytes = _largest(instruction.type)
@@ -222,7 +229,10 @@ def _event(instruction: _Instruction, computations: dict[str, list[_Instruction]
         result = _result(instruction)
         shapes = [f"{kind}[{dims}]" for kind, dims in _ARRAY.findall(result)]
         nbytes = sum(map(_nbytes, shapes))
-        received = _received(sort, nbytes, _group_size(instruction.rest))
+        if sort == "permute":
+            received = nbytes * _crossing(instruction.rest) / devices
+        else:
+            received = _received(sort, nbytes, _group_size(instruction.rest))
         kind = "start" if opcode.endswith("-start") else "collective"
         shape = " ".join(shapes)
         return Event(kind, instruction.name, shape, nbytes, instruction.scope, sort, received)
@@ -297,9 +307,16 @@ def _group_size(rest: str) -> int:
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
         return prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
-    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
-        return found.group(1).count("{")
     raise ValueError(f"no replica groups in {rest[:200]!r}")
+
+
+def _crossing(rest: str) -> int:
+    """Devices that a permutation brings something from another one."""
+    found = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
+    if found is None:
+        raise ValueError(f"no source_target_pairs in {rest[:200]!r}")
+    pairs = re.findall(r"(\d+),(\d+)", found.group(1))
+    return sum(source != target for source, target in pairs)
 
 
 def _received(sort: str, result_bytes: int, devices: int) -> float:
@@ -307,8 +324,6 @@ def _received(sort: str, result_bytes: int, devices: int) -> float:
 
     A device's own part does not cross the link; the root of a broadcast receives nothing.
     """
-    if sort == "permute":
-        return float(result_bytes)
     if sort == "reduce-scatter":
         return float(result_bytes * (devices - 1))
     share = result_bytes * (devices - 1) / devices

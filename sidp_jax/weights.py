@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ from sidp_jax.pool import PoolLayout, padded_vocab
 LayerLoop = Literal["scan", "unrolled"]
 """``scan``: layers stacked on an axis, one loop body. ``unrolled``: an array for each layer."""
 
+HOST_MEMORY = "pinned_host"
+"""Where layers lie that the host owns: jax's name for memory that a GPU copies from by itself."""
+
 LayerStack = LayerParams | tuple[LayerParams, ...]
 """Several layers: arrays with one more axis (scan), or one dict for each (unrolled)."""
 
@@ -25,7 +29,8 @@ class Weights(NamedTuple):
 
     Attributes:
         pooled: The slab. ``unrolled``: for each row, arrays ``[pool, ...]``; ``scan``: arrays
-            ``[pool, rows, ...]``. Entry ``o`` of axis 0 lies on replica ``o``, its owner.
+            ``[pool, rows, ...]``. Entry ``o`` of axis 0 lies on replica ``o``, its owner; where the
+            host is the owner, kernels lie in its pinned memory, norms and biases on the device.
         resident: Layers that every replica holds. ``unrolled``: a dict for each; ``scan``: arrays
             ``[layers, ...]``. Empty when there is none.
         embedding: ``[padded vocabulary, hidden]``, vocabulary-sharded over the whole mesh.
@@ -51,15 +56,28 @@ def weights_spec(
         mesh: The devices.
         layer_loop: Form of the layers.
         dtype: Type of all parameters.
-    """
 
-    def leaf(shape: tuple[int, ...], partition: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition))
+    Raises:
+        ValueError: The host owns layers, and they are to be stacked.
+    """
+    if layout.on_host and layer_loop == "scan":
+        raise ValueError(f"{layer_loop=} must be 'unrolled' where the host owns layers")
+
+    def leaf(
+        shape: tuple[int, ...], partition: PartitionSpec, memory: str | None = None
+    ) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, partition, memory_kind=memory)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def layer(*leading: tuple[int, str | None]) -> LayerParams:
         sizes, names = [size for size, _ in leading], [name for _, name in leading]
+        fetched = HOST_MEMORY if layout.on_host and POOL in names else None
         return {
-            name: leaf((*sizes, *spec.shape), parameter_partition(spec.axes, *names))
+            name: leaf(
+                (*sizes, *spec.shape),
+                parameter_partition(spec.axes, *names),
+                fetched if name.endswith(".kernel") else None,
+            )
             for name, spec in layer_spec(config).items()
         }
 
@@ -90,9 +108,9 @@ def partitions(spec: Weights) -> Weights:
 
 
 def nbytes_per_device(spec: Weights) -> int:
-    """Bytes of the weights that one device holds."""
+    """Bytes of the weights that one device holds, without what lies on the host."""
     return sum(
-        jnp.dtype(leaf.dtype).itemsize
-        * int(jnp.prod(jnp.array(leaf.sharding.shard_shape(leaf.shape))))
+        jnp.dtype(leaf.dtype).itemsize * prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(spec)
+        if leaf.sharding.memory_kind != HOST_MEMORY
     )

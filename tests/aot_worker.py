@@ -67,6 +67,7 @@ def main() -> None:
             (compute, attention, replay(timeline, kernels, compute, attention))
             for compute in (0.1, 0.5, 0.8, 1.0, 1.25, 2.0)
             for attention in (0.0, 0.3, 0.5)
+            if arguments["mode"] == "was"
         ]
         report = {
             "arguments": memory.argument_size_in_bytes,

@@ -39,6 +39,21 @@ def test_every_mode_is_timed_beside_the_floor(tmp_path):
         assert row["logits_error"] <= (1e-4 if mode.startswith("cas") else 0)
 
 
+def test_layers_from_the_host_are_timed_beside_all_at_home():
+    host = ["--layers", "4", "--host-layers", "2", "--pool-size", "1", "--layer-loop", "unrolled"]
+    report = bench_modes.main([*ARGUMENTS, "--tokens", "4", *host])
+    assert "errors" not in report
+    assert {row["what"] for row in report["link"]} == {"host to device"}
+    home, fetched = report["steps"]
+    assert (home["mode"], fetched["mode"], fetched["host_layers"]) == ("replicated", "was", 2)
+    best = max(row["bytes_per_s"] for row in report["link"])
+    layer = max(row["bytes"] for row in report["link"])
+    assert fetched["link_bound_ms"] == pytest.approx(2e3 * layer / best, rel=0.01)
+    floor = max(home["step_ms"], fetched["link_bound_ms"])
+    assert fetched["ratio_to_floor"] == pytest.approx(fetched["step_ms"] / floor)
+    assert fetched["logits_error"] == 0
+
+
 def test_what_does_not_compile_is_an_error_and_the_rest_goes_on(monkeypatch):
     lower = Form.lower
 

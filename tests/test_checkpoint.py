@@ -72,6 +72,22 @@ def test_every_value_arrives_in_every_layout(checkpoint, place, layer_loop):
         assert (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
 
 
+def test_what_the_host_owns_lies_in_its_memory(checkpoint):
+    folder, tensors = checkpoint
+    layers = MODEL.num_layers
+    layout, mesh = PoolLayout(layers, 1, layers - 2, on_host=True), make_mesh(1)
+    form = {"layer_loop": "unrolled", "dtype": jnp.dtype("float32")}
+    weights = load_weights(folder, MODEL, layout, mesh, **form)
+    assert_same_tensors(exported(weights, layout, MODEL), tensors)
+    for row in weights.pooled:
+        kinds = {name: array.sharding.memory_kind for name, array in row.items()}
+        assert {n for n, kind in kinds.items() if kind == "pinned_host"} == {
+            name for name in kinds if name.endswith(".kernel")
+        }
+    with pytest.raises(ValueError, match="must be 'unrolled' where the host owns layers"):
+        weights_spec(MODEL, layout, mesh, layer_loop="scan", dtype=form["dtype"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_that_transformers_wrote(family):
     config = ModelConfig.from_pretrained(GOLDEN / family)

@@ -96,6 +96,7 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
         ("platform", "tpu", r"platform='tpu' must be one of auto, cpu, gpu"),
         ("hardware", "H999", r"hardware='H999' must be one of auto, .*h200"),
         ("resident_layers", -1, r"resident_layers=-1 must be at least 0"),
+        ("pool_host_layers", -1, r"pool_host_layers=-1 must be at least 0"),
         ("max_model_len", 1, r"max_model_len=1 must be at least 2"),
         ("num_kv_pages", 0, r"num_kv_pages=0 must be at least 1; null takes"),
         ("gpu_memory_utilization", 1.5, r"gpu_memory_utilization=1.5 must be above 0 and at most"),
@@ -123,6 +124,22 @@ def test_a_bad_value_names_key_value_limit_and_remedy(key, value, message):
 def test_the_constructor_checks_as_well():
     with pytest.raises(ConfigError, match="pool_size=0"):
         EngineConfig(model="m", pool_size=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("pool_size", 2, "pool_host_layers=3 is for one GPU, and pool_size x .* is 2; set it to 0"),
+        ("tensor_parallel_size", 2, "is for one GPU"),
+        ("mode", "cas", "needs mode=was or auto, got 'cas'"),
+        ("mode", "replicated", "needs mode=was or auto, got 'replicated'"),
+        ("resident_layers", 1, "needs resident_layers=0, got 1"),
+        ("layer_loop", "scan", "needs layer_loop=unrolled or auto, got 'scan'"),
+    ],
+)
+def test_layers_of_the_host_are_for_one_gpu_that_fetches_them(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(model="m", pool_host_layers=3, **{key: value})
 
 
 @pytest.mark.parametrize("override", ["mode", "=was", ""])

@@ -93,6 +93,15 @@ def test_was_is_bit_identical_to_replicated(oracle, layers, pool_size, resident,
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("layers", "resident"), [(6, 4), (5, 0), (3, 2), (4, 1)])
+def test_was_from_the_host_is_bit_identical_to_replicated(oracle, layers, resident):
+    config = small_config(layers)
+    layout = PoolLayout(layers, 1, resident, on_host=True)
+    got = run_mode("was", config, layout, "unrolled")
+    for ours, theirs in zip(got, oracle(config, 1), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
 @pytest.mark.parametrize(("layers", "pool_size", "resident"), CASES)
 def test_cas_is_close_to_replicated(oracle, layers, pool_size, resident, layer_loop):
@@ -113,7 +122,10 @@ def test_staggered_cas_is_bit_identical_to_replicated(oracle, layers, pool_size,
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
 def test_staggered_cas_with_rows_picked_by_the_products(oracle, monkeypatch, layer_loop):
-    """As with the kernel of a GPU, for which the reference stands in: no kernel is copied."""
+    """As with the kernel of a GPU, for which the reference stands in: no kernel is copied.
+
+    Its products have flat operands, over which some processors sum in another order.
+    """
     seen = []
 
     def multiply(x, weights, row, *, config):
@@ -124,7 +136,7 @@ def test_staggered_cas_with_rows_picked_by_the_products(oracle, monkeypatch, lay
     config = small_config(7)
     got = run_mode("cas_staggered", config, PoolLayout(7, 3), layer_loop, "mosaic")
     for ours, theirs in zip(got, oracle(config, 3), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
     # Each of the four is traced once, not at every stage.
     assert len(seen) == 4 or layer_loop == "scan"
     assert all(issubclass(kind, tuple) == (layer_loop == "unrolled") for kind in seen)

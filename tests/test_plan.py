@@ -505,6 +505,22 @@ def test_every_kind_of_configuration_has_its_tables(more, capsys):
     assert "unknown" in capsys.readouterr().out
 
 
+def test_layers_on_the_host_make_room_for_the_cache(capsys):
+    one = ("pool_size=1", "max_model_len=4096")
+    assert not make(*one)["configurations"]["as configured"]["memory"]["fits"]
+    held = make(*one, "pool_host_layers=20")["configurations"]["as configured"]["memory"]
+    assert held["fits"]
+    layer = make(*one)["model"]["layer_bytes"]
+    assert held["host"] == 20 * layer
+    assert held["weights"] == 60 * layer + 2 * 2 * 152064 * 8192 + 2 * 8192
+    # A buffer for one layer, without the norms and biases, and for no part of another.
+    assert held["layer_buffers"] == pytest.approx(layer, rel=1e-3)
+    assert plan.main(arguments(*one, "pool_host_layers=20")) == 0
+    text = capsys.readouterr().out
+    assert "on the host" in text
+    assert "compute hides the fetch from" in text
+
+
 def test_json_is_the_whole_plan(capsys):
     assert plan.main(arguments("--json", "workload=128,64")) == 0
     made = json.loads(json.dumps(make("workload=128,64")))

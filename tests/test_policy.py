@@ -55,6 +55,17 @@ def test_large_batches_fetch_weights_and_small_ones_send_activations():
     assert "was -> cas at 16 tokens" in str(switches[0])
 
 
+@pytest.mark.parametrize("tokens", [16, 8192])
+def test_a_fetch_from_the_host_rides_under_everything_before_it(tokens):
+    p = policy(modes=(WAS,), pool_size=1, resident_layers=60, on_host=True)
+    home = policy(pool_size=1, modes=(REPLICATED,)).seconds(REPLICATED, tokens)
+    fetch, attention = 1.755e9 / p.hardware.host_bandwidth, 1e-3
+    # Layers 3, 7, ... lie on the host: three before the first fetched one, four before the next.
+    before = [3 * (home + attention), *[4 * (home + attention)] * 19]
+    expected = sum(max(fetch, computed) for computed in before) + home + attention
+    assert p.step_seconds(WAS, tokens, attention) == pytest.approx(expected)
+
+
 def test_was_costs_the_longer_of_compute_and_fetch_and_their_interference():
     p = policy()
     fetch = 1.755e9 / p.hardware.link_bandwidth

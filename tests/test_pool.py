@@ -64,6 +64,14 @@ def test_impossible_layouts_are_errors(arguments, message):
         PoolLayout(*arguments)
 
 
+def test_layers_of_the_host_take_no_memory_of_the_device():
+    rest = {"hidden_size": 4, "vocab_size": 8, "tied": True, "dtype_bytes": 2}
+    ours = weight_bytes_per_device(PoolLayout(6, 1, 4, on_host=True), layer_bytes=1000, **rest)
+    assert ours == 4 * 1000 + 8 * 4 * 2 + 4 * 2
+    with pytest.raises(ValueError, match="pool_size=2 must be 1 where the host owns layers"):
+        PoolLayout(6, 2, 4, on_host=True)
+
+
 def test_bytes_of_qwen72b_over_eight():
     layer = 2 * (8192 * 10240 + 10240 + 8192 * 8192 + 3 * 8192 * 29568 + 2 * 8192)
     got = weight_bytes_per_device(

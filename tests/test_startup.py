@@ -71,6 +71,11 @@ def test_a_pool_larger_than_the_model(folder):
         check(config(folder, pool_size=9))
 
 
+def test_more_layers_on_the_host_than_the_model_has(folder):
+    with pytest.raises(ConfigError, match=r"pool_host_layers=9 must be at most the model's 8"):
+        check(config(folder, pool_size=1, pool_host_layers=9))
+
+
 def test_the_output_must_not_be_the_input(folder, tmp_path):
     path = tmp_path / "in.jsonl"
     path.touch()

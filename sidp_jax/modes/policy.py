@@ -60,6 +60,7 @@ def layers_seconds(
     hardware: Hardware,
     resident_layers: int = 0,
     attention: float = 0.0,
+    on_host: bool = False,
 ) -> float:
     """Seconds of all layers of one step.
 
@@ -71,6 +72,7 @@ def layers_seconds(
         hardware: The GPU and its link.
         resident_layers: Layers that every replica keeps.
         attention: Seconds of one layer's attention, of the replica that takes longest.
+        on_host: Whether the host owns the layers that are not resident.
 
     Raises:
         ValueError: The mode is unknown, or staggered with resident layers.
@@ -83,7 +85,8 @@ def layers_seconds(
     if mode == REPLICATED or (mode in (WAS, CAS, CAS_STAGGERED) and not later):
         return layers * home
     if mode == WAS:
-        return _was_seconds((first, *later), dense, reduction, attention, shape, hardware)
+        spans = (first, *later)
+        return _was_seconds(spans, dense, reduction, attention, shape, hardware, on_host)
     if mode == CAS:
         everyone = pool_size * tokens
         served = hardware.dense_seconds(everyone, shape.weight_bytes, shape.flops_per_token)
@@ -107,17 +110,22 @@ def _was_seconds(
     attention: float,
     shape: LayerShape,
     hardware: Hardware,
+    on_host: bool,
 ) -> float:
-    """A fetch rides under the layers before it; nothing is before the first one's."""
-    fetch = fetch_seconds(shape, hardware)
-    hidden = attention if FETCH_RIDES_UNDER_ATTENTION else 0.0
+    """A fetch rides under the layers before it; nothing is before the first one's.
+
+    Copies from the host take neither cores nor turns: they ride under attention, too.
+    """
+    fetch = fetch_seconds(shape, hardware, on_host)
+    hidden = attention if FETCH_RIDES_UNDER_ATTENTION or on_host else 0.0
+    interference = 0.0 if on_host else hardware.fetch_interference
     *before, last = spans
     seconds = sum(spans) * (attention - hidden) + last * (dense + reduction + hidden)
     for count in before:
         computed = count * (dense + reduction + hidden)
         # Reductions share the link with the fetch, so they lengthen it.
         seconds += max(computed, fetch + count * reduction)
-        seconds += hardware.fetch_interference * min(computed, fetch)
+        seconds += interference * min(computed, fetch)
     return seconds
 
 
@@ -128,9 +136,9 @@ def _indexed(dense: float, tokens: int, shape: LayerShape, hardware: Hardware) -
     return dense + ROW_COPY * shape.weight_bytes / hardware.memory_bandwidth
 
 
-def fetch_seconds(shape: LayerShape, hardware: Hardware) -> float:
-    """Seconds that one layer takes over the link."""
-    return shape.weight_bytes / hardware.link_bandwidth
+def fetch_seconds(shape: LayerShape, hardware: Hardware, on_host: bool = False) -> float:
+    """Seconds that one layer takes over the link, or from the host."""
+    return shape.weight_bytes / (hardware.host_bandwidth if on_host else hardware.link_bandwidth)
 
 
 def lockstep_hop_seconds(
@@ -222,6 +230,7 @@ class Policy:
         margin: Least saving that is worth a switch, as a share of the current mode's cost. Below
             0.05, so that no mode is kept that costs over 5% more than the best.
         resident_layers: Layers that every replica keeps; they cost the same in every mode.
+        on_host: Whether the host owns the other layers.
     """
 
     modes: tuple[str, ...]
@@ -230,6 +239,7 @@ class Policy:
     hardware: Hardware
     margin: float = 0.04
     resident_layers: int = 0
+    on_host: bool = False
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -254,6 +264,7 @@ class Policy:
             self.hardware,
             self.resident_layers,
             attention,
+            self.on_host,
         )
 
     @cached_property

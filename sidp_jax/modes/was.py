@@ -4,8 +4,10 @@ Each tensor is fetched when its like in the layer before has been used: while la
 feed-forward part, the attention's kernels of layer ``l + 1`` arrive, and once the up projection is
 over, the feed-forward kernels of ``l + 1`` do. So a layer and the down projection of another are
 held at most, not two layers. Every tensor has GEMMs of the layer before to hide beneath.
-Source: the SiDP paper (arXiv 2605.28095); the order of the tensors, and super-steps
-that touch one row of the slab alone, are ours.
+Where the owner is the host, the same fetches are copies from its pinned memory, which the GPU's
+copy engines make without its cores.
+Source: the SiDP paper (arXiv 2605.28095); the order of the tensors, super-steps
+that touch one row of the slab alone, and the host as an owner are ours.
 """
 
 from __future__ import annotations
@@ -59,14 +61,15 @@ def run_layers(
         ordered[first : min(first + size, len(after))] for first in range(0, len(after), size)
     ]
     slab = local_slab(weights.pooled)
-    vectors = _gather_vectors(slab)
-    first = _Source(slab, vectors, 0, 0, context.platform)
+    vectors = _gather_vectors(slab) if size > 1 else None
+    layout = context.layout
+    first = _Source(slab, vectors, 0, 0, context.platform, layout.on_host)
     stages = _Stages(context, first.spec())
 
     def super_step(carry, k: Index, behind: list[Span]):
         x, kv, buffer = carry
         for owner, span in enumerate(behind):
-            source = _Source(slab, vectors, k, owner, context.platform)
+            source = _Source(slab, vectors, k, owner, context.platform, layout.on_host)
             if span.pooled is None:
                 # Nothing but resident layers can run before the first fetch has arrived. The last
                 # kernel is fetched while the first layer runs, if that is in this super-step.
@@ -115,6 +118,13 @@ def _run_fetched(
     row, (x, up) = source.read((*ATTENTION, _UP), after=(x, buffer[_UP]))
     early, x = source.fetch(row, ATTENTION, after=x)
     gated = stages.up({**_only(buffer, ()), _UP: up}, x)
+    if source.on_host:
+        # Copies wait for nothing but their buffers: up to their layer there are resident ones, too.
+        row, gated = source.read([_UP, _DOWN], after=gated)
+        late, gated = source.fetch(row, [_UP], after=gated)
+        x = stages.down(_only(buffer, [_DOWN]), x, gated)
+        last, x = source.fetch(row, [_DOWN], after=x)
+        return x, kv, {**early, **late, **last, **source.vectors()}
     # What was fetched before has to be here first: then the link, which is busy with that up to
     # now, has nothing else to do, and XLA cannot start these later.
     late, tied = source.fetch(row, [_UP], after=(gated, early, buffer[_DOWN]))
@@ -188,18 +198,20 @@ class _Source:
 
     Attributes:
         slab: The rows of this replica.
-        gathered: What ``_gather_vectors`` returns.
+        gathered: What ``_gather_vectors`` returns; None in a pool of one.
         row: The row's number.
         owner: The replica.
         platform: ``gpu`` broadcasts from the owner; the CPU, which has no broadcast, sums over
             replicas that hold zeros except the owner, to the same bits.
+        on_host: Whether the owner is the host.
     """
 
     slab: LayerStack
-    gathered: LayerParams
+    gathered: LayerParams | None
     row: Index
     owner: int
     platform: str
+    on_host: bool
 
     def spec(self) -> LayerParams:
         """Shape and type of each of the layer's parameters."""
@@ -207,6 +219,9 @@ class _Source:
 
     def vectors(self) -> LayerParams:
         """The layer's small parameters, which are here already."""
+        if self.gathered is None:
+            row = take(self.slab, self.row).items()
+            return {name: array for name, array in row if name not in _KERNELS}
         return {name: array[self.owner, self.row] for name, array in self.gathered.items()}
 
     def read(self, names: Sequence[str], *, after: Tied) -> tuple[LayerParams, Tied]:
@@ -238,6 +253,9 @@ class _Source:
         """
         wanted = {name: kernels[name] for name in names}
         with jax.named_scope("fetch"):
+            if self.on_host:
+                wanted, after = jax.lax.optimization_barrier((wanted, after))
+                return jax.device_put(wanted, jax.memory.Space.Device), after
             if self.platform != "gpu":
                 mine = (jax.lax.axis_index(POOL) == self.owner) & _true_after(after)
                 kept = {name: jnp.where(mine, array, 0) for name, array in wanted.items()}
