@@ -296,13 +296,15 @@ def bench_attention(report: dict, only: tuple[str, ...]) -> None:
 def prefill_variants() -> dict[str, TuningConfig]:
     """The ways to cut prefill work that are compared, the default first."""
     tiles = ((128, 2), (64, 4))  # keys of a tile, tiles of a ring
-    return {
+    variants = {
         f"{products} {block} x {stages}": TuningConfig(
             prefill_products=products, prefill_block_kv=block, prefill_stages=stages
         )
         for block, stages in tiles
         for products in PREFILL_PRODUCTS
     }
+    free = TuningConfig(prefill_products="overlapped", prefill_turns=False)
+    return variants | {"overlapped, no turns": free}
 
 
 def sweep_prefill(written: Report) -> None:

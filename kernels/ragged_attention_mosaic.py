@@ -56,6 +56,7 @@ class TuningConfig:
             after the other. "chained": the values of a tile and the scores of the next at once,
             across items too. "overlapped": the same, scores first, and the softmax begins while
             the values are still being multiplied.
+        prefill_turns: whether the consumers take turns on the tensor cores; "apart" always does.
     """
 
     num_sms: int = 132
@@ -65,10 +66,13 @@ class TuningConfig:
     prefill_block_kv: int = 128
     prefill_stages: int = 2
     prefill_products: str = "apart"
+    prefill_turns: bool = True
 
     def __post_init__(self):
         if self.prefill_products not in PREFILL_PRODUCTS:
             raise ValueError(f"{self.prefill_products=} must be one of {PREFILL_PRODUCTS}")
+        if self.prefill_products == "apart" and not self.prefill_turns:
+            raise ValueError(f"{self.prefill_products=} needs prefill_turns=True")
         for name in ("decode_block_kv", "prefill_block_kv"):
             if getattr(self, name) not in (64, 128, 256):
                 raise ValueError(f"{name}={getattr(self, name)} must be 64, 128 or 256")
@@ -853,12 +857,15 @@ def _chained_prefill_kernel(
 
         # A consumer multiplies when the other has handed the tensor cores over.
         def pass_turn():
-            plgpu.barrier_arrive(turn.at[1 - wg])
+            if config.prefill_turns:
+                plgpu.barrier_arrive(turn.at[1 - wg])
 
         def wait_turn():
-            plgpu.barrier_wait(turn.at[wg])
+            if config.prefill_turns:
+                plgpu.barrier_wait(turn.at[wg])
 
-        pl.when(wg == 1)(pass_turn)
+        if config.prefill_turns:
+            pl.when(wg == 1)(pass_turn)
 
         def tile(i, state, *, item, round_, step, masked: bool):
             """Scores and softmax of the item's tile `i`, beside the values of the tile before."""
@@ -1002,7 +1009,8 @@ def _chained_prefill_kernel(
             store(out, total, item, rounds - 1)
             release(rounds - 1)
 
-        pl.when(wg == 0)(wait_turn)
+        if config.prefill_turns:
+            pl.when(wg == 0)(wait_turn)
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -161,6 +161,8 @@ def test_shapes_that_do_not_fit_are_errors():
         TuningConfig(decode_stages=1)
     with pytest.raises(ValueError, match="'both' must be one of"):
         TuningConfig(prefill_products="both")
+    with pytest.raises(ValueError, match="needs prefill_turns"):
+        TuningConfig(prefill_turns=False)
 
 
 def check_interpreted(rows, tokens, *, heads, kv_heads=1, padding=3, **config):
