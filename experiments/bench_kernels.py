@@ -296,15 +296,19 @@ def bench_attention(report: dict, only: tuple[str, ...]) -> None:
 def prefill_variants() -> dict[str, TuningConfig]:
     """The ways to cut prefill work that are compared, the default first."""
     tiles = ((128, 2), (64, 4))  # keys of a tile, tiles of a ring
-    variants = {
-        f"{products} {block} x {stages}": TuningConfig(
-            prefill_products=products, prefill_block_kv=block, prefill_stages=stages
-        )
-        for block, stages in tiles
-        for products in PREFILL_PRODUCTS
-    }
-    free = TuningConfig(prefill_products="overlapped", prefill_turns=False)
-    return variants | {"overlapped, no turns": free}
+    variants = {"apart 128 x 2, by rows": TuningConfig()}
+    for block, stages in tiles:
+        for products in PREFILL_PRODUCTS:
+            variants[f"{products} {block} x {stages}"] = TuningConfig(
+                prefill_products=products,
+                prefill_block_kv=block,
+                prefill_stages=stages,
+                prefill_order="longest",
+            )
+    variants["overlapped, no turns"] = TuningConfig(
+        prefill_products="overlapped", prefill_order="longest", prefill_turns=False
+    )
+    return variants
 
 
 def sweep_prefill(written: Report) -> None:
@@ -342,7 +346,7 @@ def sweep_prefill(written: Report) -> None:
 
 def sweep_line(row: dict) -> str:
     """A variant's figures beside the GEMM rate of the same run; BAD where its results are."""
-    parts = [f"{row['variant']:20s}"]
+    parts = [f"{row['variant']:24s}"]
     for name, at in row.items():
         if name == "variant":
             continue

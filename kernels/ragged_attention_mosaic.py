@@ -36,6 +36,7 @@ from sidp_jax.kernels.mosaic import gpu_kernel, in_place
 ROWS = 64  # rows of one wgmma
 MIN_TILES = 8  # of a decode worker that has work, if there is enough of it
 PREFILL_PRODUCTS = ("apart", "chained", "overlapped")
+PREFILL_ORDERS = ("rows", "longest")
 UNSEEN = -1e30  # peak of no keys: finite, so that a row of masks alone has weights of zero
 LOG2E = math.log2(math.e)
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
@@ -57,6 +58,9 @@ class TuningConfig:
             across items too. "overlapped": the same, scores first, and the softmax begins while
             the values are still being multiplied.
         prefill_turns: whether the consumers take turns on the tensor cores; "apart" always does.
+        prefill_order: "rows": row by row, the longest context first, and in a row head by head.
+            "longest": the query tiles with the longest contexts first, of whatever row, with all
+            their heads; so every block gets the same amount of work, within one tile.
     """
 
     num_sms: int = 132
@@ -67,12 +71,15 @@ class TuningConfig:
     prefill_stages: int = 2
     prefill_products: str = "apart"
     prefill_turns: bool = True
+    prefill_order: str = "rows"
 
     def __post_init__(self):
         if self.prefill_products not in PREFILL_PRODUCTS:
             raise ValueError(f"{self.prefill_products=} must be one of {PREFILL_PRODUCTS}")
         if self.prefill_products == "apart" and not self.prefill_turns:
             raise ValueError(f"{self.prefill_products=} needs prefill_turns=True")
+        if self.prefill_order not in PREFILL_ORDERS:
+            raise ValueError(f"{self.prefill_order=} must be one of {PREFILL_ORDERS}")
         for name in ("decode_block_kv", "prefill_block_kv"):
             if getattr(self, name) not in (64, 128, 256):
                 raise ValueError(f"{name}={getattr(self, name)} must be 64, 128 or 256")
@@ -102,6 +109,7 @@ class DecodePlan(NamedTuple):
 class PrefillPlan(NamedTuple):
     """Query tiles of all rows with several queries, longest rows first."""
 
+    slots: Int[Array, " slots"]  # tiles, those with the longest contexts first
     slot_row: Int[Array, " slots"]  # which of the rows below a tile belongs to
     row: Int[Array, " rows"]
     start: Int[Array, " rows"]  # first query
@@ -167,7 +175,13 @@ def prefill_plan(
     slot_row = jnp.sum(slot[:, None] >= first[None, 1:], axis=1, dtype=jnp.int32)
     slot_row = jnp.minimum(slot_row, seqs)
     row = jnp.minimum(order, seqs - 1)
-    return PrefillPlan(slot_row, row, start[order], end[order], context[order], tiles, first)
+    start, end, context = start[order], end[order], context[order]
+    # The last tile of a row comes first.
+    last = start[slot_row] // 8 * 8 + (tiles + first[:-1])[slot_row] * block_q - slot * block_q
+    visible = context[slot_row] - end[slot_row] + jnp.minimum(last, end[slot_row])
+    visible = jnp.where(context[slot_row] > 0, visible, 0)
+    slots = jnp.argsort(jnp.where(slot < first[-1], -visible, 1), stable=True).astype(jnp.int32)
+    return PrefillPlan(slots, slot_row, row, start, end, context, tiles, first)
 
 
 def _copy_tile(
@@ -565,13 +579,24 @@ def _prefill_item(plan: PrefillPlan, item, *, config, kv_heads: int, groups: int
     """Row, first token, heads and number of K/V tiles of one item of work."""
     block_q = ROWS * 2 // shared
     pairs = groups // shared
-    d = plan.slot_row[lax.div(item, jnp.int32(kv_heads * pairs))]
-    tiles = plan.tiles[d]
-    rest = item - plan.first_slot[d] * (kv_heads * pairs)
-    head = lax.div(rest, tiles * pairs)
-    rest = rest - head * (tiles * pairs)
-    rank = lax.div(rest, jnp.int32(pairs))
-    first_head = head * groups + (rest - rank * pairs) * shared
+    slot = lax.div(item, jnp.int32(kv_heads * pairs))
+    if config.prefill_order == "longest":
+        rest = item - slot * (kv_heads * pairs)
+        head = lax.div(rest, jnp.int32(pairs))
+        pair = rest - head * pairs
+        slot = plan.slots[slot]
+        d = plan.slot_row[slot]
+        tiles = plan.tiles[d]
+        rank = slot - plan.first_slot[d]
+    else:
+        d = plan.slot_row[slot]
+        tiles = plan.tiles[d]
+        rest = item - plan.first_slot[d] * (kv_heads * pairs)
+        head = lax.div(rest, tiles * pairs)
+        rest = rest - head * (tiles * pairs)
+        rank = lax.div(rest, jnp.int32(pairs))
+        pair = rest - rank * pairs
+    first_head = head * groups + pair * shared
     start, end, context = plan.start[d], plan.end[d], plan.context[d]
     # The last tile, with the longest context, first.
     token = lax.div(start, jnp.int32(8)) * 8 + (tiles - 1 - rank) * block_q
@@ -594,9 +619,9 @@ def _prefill_kernel(
     factor: float,
     interpret: bool,
 ):
-    plan = PrefillPlan(*refs[:7])
-    out_ref, q_smem, o_smem, k_smem, v_smem = refs[7:12]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[12:]
+    plan = PrefillPlan(*refs[:8])
+    out_ref, q_smem, o_smem, k_smem, v_smem = refs[8:13]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[13:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
@@ -764,9 +789,9 @@ def _chained_prefill_kernel(
     stored while the other consumer multiplies. The tiles of an item run backwards, so that the
     first is the one that causality cuts.
     """
-    plan = PrefillPlan(*refs[:7])
-    out_ref, q_smem, o_smem, k_smem, v_smem = refs[7:12]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn, settle_smem = refs[12:]
+    plan = PrefillPlan(*refs[:8])
+    out_ref, q_smem, o_smem, k_smem, v_smem = refs[8:13]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn, settle_smem = refs[13:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages

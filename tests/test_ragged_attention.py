@@ -139,6 +139,16 @@ def test_prefill_plan_covers_every_other_query_once(seed):
             expected[starts[r]] = 0  # the decode kernel's
     np.testing.assert_array_equal(times, expected)
     assert (np.diff(np.asarray(plan.context)[np.asarray(plan.tiles) > 0]) <= 0).all()
+    used = int(plan.first_slot[-1])
+    assert sorted(np.asarray(plan.slots)[:used]) == list(range(used))
+    visible = []
+    for slot in np.asarray(plan.slots)[:used]:
+        d = int(plan.slot_row[slot])
+        rank = slot - int(plan.first_slot[d])
+        start, end, length = (int(x[d]) for x in (plan.start, plan.end, plan.context))
+        last = min(start // 8 * 8 + (int(plan.tiles[d]) - rank) * block, end)
+        visible.append(length - end + last if length else 0)
+    assert (np.diff(visible) <= 0).all()
 
 
 def test_shapes_that_do_not_fit_are_errors():
@@ -163,6 +173,8 @@ def test_shapes_that_do_not_fit_are_errors():
         TuningConfig(prefill_products="both")
     with pytest.raises(ValueError, match="needs prefill_turns"):
         TuningConfig(prefill_turns=False)
+    with pytest.raises(ValueError, match="'random' must be one of"):
+        TuningConfig(prefill_order="random")
 
 
 def check_interpreted(rows, tokens, *, heads, kv_heads=1, padding=3, **config):
@@ -195,11 +207,12 @@ def test_kernels_interpreted_take_ratios_between_eight_and_sixteen(ratio):
     check_interpreted([(1, 1100), (20, 90)], 21, heads=ratio)
 
 
-@pytest.mark.parametrize("heads", [2, 3])
-def test_chained_prefill_interpreted_matches_reference(heads):
+@pytest.mark.parametrize(("heads", "order"), [(2, "longest"), (3, "rows")])
+def test_chained_prefill_interpreted_matches_reference(heads, order):
     """Whole tiles and pieces of tiles, several items for each block, and padding of two tiles."""
     rows = [(20, 90), (135, 150), (1, 70)]
-    check_interpreted(rows, 156, heads=heads, padding=70, prefill_products="chained")
+    variant = {"prefill_products": "chained", "prefill_order": order}
+    check_interpreted(rows, 156, heads=heads, padding=70, **variant)
 
 
 @pytest.mark.gpu
@@ -252,7 +265,7 @@ def test_every_head_ratio_matches_numpy(hopper, ratio, head_dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("products", ["chained", "overlapped"])
+@pytest.mark.parametrize("products", ["apart", "chained", "overlapped"])
 @pytest.mark.parametrize("seed", range(4))
 def test_prefill_variants_match_reference_on_random_batches(hopper, seed, products):
     rng = np.random.default_rng(100 + seed)
@@ -262,7 +275,11 @@ def test_prefill_variants_match_reference_on_random_batches(hopper, seed, produc
     chunks = [(int(n), int(n + p)) for n, p in rng.integers(2, 700, size=(seed * 3 + 1, 2))]
     rows = [(1, 900), *chunks, (3, 3), (1000, 1000)]
     batch = make_batch(rows, **shape, dtype=jnp.bfloat16, seed=seed, padding=seed * 111)
-    config = TuningConfig(prefill_products=products, prefill_block_kv=(128, 64)[seed // 2])
+    config = TuningConfig(
+        prefill_products=products,
+        prefill_block_kv=(128, 64)[seed // 2],
+        prefill_order=("longest", "rows")[seed // 3],
+    )
     attend = jax.jit(ragged_attention, static_argnames=("scale", "implementation"))
     scale = head_dim**-0.5
     out = jax.jit(ragged_attention_mosaic, static_argnames=("scale", "config"))(
