@@ -11,6 +11,7 @@ A sweep does the same for variants of the prefill kernel, compiled side by side:
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -295,19 +296,13 @@ def bench_attention(report: dict, only: tuple[str, ...]) -> None:
 
 def prefill_variants() -> dict[str, TuningConfig]:
     """The ways to cut prefill work that are compared, the default first."""
-    tiles = ((128, 2), (64, 4))  # keys of a tile, tiles of a ring
+    longest = functools.partial(TuningConfig, prefill_order="longest")
     variants = {"apart 128 x 2, by rows": TuningConfig()}
-    for block, stages in tiles:
-        for products in PREFILL_PRODUCTS:
-            variants[f"{products} {block} x {stages}"] = TuningConfig(
-                prefill_products=products,
-                prefill_block_kv=block,
-                prefill_stages=stages,
-                prefill_order="longest",
-            )
-    variants["overlapped, no turns"] = TuningConfig(
-        prefill_products="overlapped", prefill_order="longest", prefill_turns=False
-    )
+    for products in PREFILL_PRODUCTS:
+        variants[f"{products} 128 x 2"] = longest(prefill_products=products)
+    overlapped = functools.partial(longest, prefill_products="overlapped")
+    variants["overlapped 64 x 4"] = overlapped(prefill_block_kv=64, prefill_stages=4)
+    variants["overlapped, no turns"] = overlapped(prefill_turns=False)
     return variants
 
 
@@ -319,29 +314,30 @@ def sweep_prefill(written: Report) -> None:
     batches = [Batch(case, cache, seed=5) for case in shapes]
     variants = prefill_variants()
 
-    def compiled(variant, batch):
-        program, args = attention_program(batch, mosaic(batch, variants[variant]))
+    def compiled(work):
+        config, batch = work
+        program, args = attention_program(batch, mosaic(batch, config))
         return program.lower(*args).compile(), args
 
+    # All of it before the first timing, which other threads would disturb.
+    work = [(config, batch) for config in variants.values() for batch in batches]
+    start = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
-        programs = {
-            variant: [pool.submit(compiled, variant, batch) for batch in batches]
-            for variant in variants
-        }
-        for variant, futures in programs.items():
-            row = {"variant": variant}
-            for case, batch, future in zip(shapes, batches, futures, strict=True):
-                program, args = future.result()
-                poison()
-                error = batch.sample_error(program(*args)[1], 1)
-                seconds = seconds_of(program, *args, inner=4, repeats=3) / CALLS
-                figure = case.figure(seconds)
-                row[case.name] = {"figure": figure, "unit": case.unit, "error": error}
-                if case.unit == "TFLOP/s":
-                    row[case.name]["ratio"] = figure / ceiling
-            written.content.setdefault("sweep", []).append(row)
-            written.write()
-            print(sweep_line(row), flush=True)
+        programs = iter(list(pool.map(compiled, work)))
+    print(f"{len(work)} programs compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    for variant in variants:
+        row = {"variant": variant}
+        for case, batch in zip(shapes, batches, strict=True):
+            program, args = next(programs)
+            poison()
+            error = batch.sample_error(program(*args)[1], 1)
+            seconds = seconds_of(program, *args, inner=4, repeats=3) / CALLS
+            row[case.name] = {"figure": case.figure(seconds), "unit": case.unit, "error": error}
+            if case.unit == "TFLOP/s":
+                row[case.name]["ratio"] = case.figure(seconds) / ceiling
+        written.content.setdefault("sweep", []).append(row)
+        written.write()
+        print(sweep_line(row), flush=True)
 
 
 def sweep_line(row: dict) -> str:

@@ -9,8 +9,8 @@ Two kernels share one entry, `ragged_attention_mosaic`:
 - prefill: rows with more queries, FlashAttention 3 (Shah et al. 2024): one producer warpgroup moves
   K and V through a ring in shared memory, two consumers take turns on the tensor cores and in the
   softmax. Its second overlap, of one tile's scores with the values of the tile before inside a
-  warpgroup, was 7% slower here: the compiler serialises it unless the weights go through shared
-  memory.
+  warpgroup, is a variant (`TuningConfig.prefill_products`) that has not been timed. An earlier form
+  was 7% slower, since ptxas put the products in sequence.
 
 Which row goes where is decided on the device, by a plan of a few small integer arrays. The plan
 depends on the batch alone: XLA computes it once for all layers of a step.
