@@ -1,16 +1,20 @@
 """Check and time the attention and cache kernels on one Hopper GPU, beside the machine's ceilings.
 
     python experiments/bench_kernels.py --out results.json [--only decode,prefill]
+    python experiments/bench_kernels.py --out sweep.json --sweep prefill
 
 Inputs are random, several layers of the cache take turns (so that the L2 cache does not flatter),
 memory is filled with NaN before each check, and every shape is compared with the float32
 reference on a sample of its queries before it is timed. Prints figure, ceiling and ratio.
+A sweep does the same for variants of the prefill kernel, compiled side by side: a line for each.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -20,6 +24,11 @@ from report import Report
 
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention, ragged_attention_reference
+from sidp_jax.kernels.ragged_attention_mosaic import (
+    PREFILL_PRODUCTS,
+    TuningConfig,
+    ragged_attention_mosaic,
+)
 
 LAYERS = 2
 CALLS = 8  # of one timed program, each with its own queries: equal calls would be merged
@@ -113,6 +122,7 @@ class Batch:
         shape = (self.tokens, case.heads, case.head_dim)
         keys = jax.random.split(jax.random.key(seed), CALLS)
         self.q = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+        self._samples = {}
 
     def args(self, layer: int):
         """Arguments of `ragged_attention`."""
@@ -124,6 +134,12 @@ class Batch:
 
         Each sampled query is a row of its own, whose context ends at its position.
         """
+        if (layer, count) not in self._samples:
+            self._samples[layer, count] = self._sample(layer, count)
+        token, expected = self._samples[layer, count]
+        return relative_error(out[token], expected)
+
+    def _sample(self, layer: int, count: int):
         rng = np.random.default_rng(layer)
         rows = np.repeat(np.arange(len(self.case.rows)), [n for n, _ in self.case.rows])
         token = np.sort(rng.permutation(self.case.tokens)[:count])
@@ -140,7 +156,7 @@ class Batch:
             jnp.asarray(visible, jnp.int32),
             scale=self.scale,
         )
-        return relative_error(out[token], expected)
+        return token, expected
 
 
 def relative_error(out, expected) -> float:
@@ -180,8 +196,8 @@ def ceilings() -> dict[str, float]:
     return {"TB/s": 2 * x.nbytes / copy / 1e12, "TFLOP/s": 2 * 8192**3 / gemm / 1e12}
 
 
-def time_attention(batch: Batch, attend) -> float:
-    """Seconds of one call, of `CALLS` queued in one program over alternating layers."""
+def attention_program(batch: Batch, attend):
+    """A program of `CALLS` calls over alternating layers, and its arguments."""
 
     @jax.jit
     def program(q, k_pages, v_pages, tables, starts, context):
@@ -191,14 +207,22 @@ def time_attention(batch: Batch, attend) -> float:
         ]
 
     args = (batch.q, batch.k_pages, batch.v_pages, batch.tables, batch.starts, batch.context)
+    return program, args
+
+
+def time_attention(batch: Batch, attend) -> float:
+    """Seconds of one call."""
+    program, args = attention_program(batch, attend)
     return seconds_of(program, *args, inner=4) / CALLS
 
 
-def mosaic(batch: Batch):
+def mosaic(batch: Batch, config: TuningConfig | None = None):
     """`ragged_attention` by the kernels."""
 
     def attend(q, *rest):
-        return ragged_attention(q, *rest, scale=batch.scale, implementation="mosaic")
+        if config is None:
+            return ragged_attention(q, *rest, scale=batch.scale, implementation="mosaic")
+        return ragged_attention_mosaic(q, *rest, scale=batch.scale, config=config)
 
     return attend
 
@@ -270,6 +294,64 @@ def bench_attention(report: dict, only: tuple[str, ...]) -> None:
             add_row(report, case, "cuDNN, not paged", seconds, error)
 
 
+def prefill_variants() -> dict[str, TuningConfig]:
+    """The ways to cut prefill work that are compared, the default first."""
+    longest = functools.partial(TuningConfig, prefill_order="longest")
+    variants = {"apart 128 x 2, by rows": TuningConfig()}
+    for products in PREFILL_PRODUCTS:
+        variants[f"{products} 128 x 2"] = longest(prefill_products=products)
+    overlapped = functools.partial(longest, prefill_products="overlapped")
+    variants["overlapped 64 x 4"] = overlapped(prefill_block_kv=64, prefill_stages=4)
+    variants["overlapped, no turns"] = overlapped(prefill_turns=False)
+    return variants
+
+
+def sweep_prefill(written: Report) -> None:
+    """Check and time every variant on the prefill shapes and the mixed one."""
+    ceiling = written.content["ceilings"]["TFLOP/s"]
+    shapes = [case for case in cases() if not case.name.startswith("decode")]
+    cache = make_cache(shapes[-1], 3)
+    batches = [Batch(case, cache, seed=5) for case in shapes]
+    variants = prefill_variants()
+
+    def compiled(work):
+        config, batch = work
+        program, args = attention_program(batch, mosaic(batch, config))
+        return program.lower(*args).compile(), args
+
+    # All of it before the first timing, which other threads would disturb.
+    work = [(config, batch) for config in variants.values() for batch in batches]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(8) as pool:
+        programs = iter(list(pool.map(compiled, work)))
+    print(f"{len(work)} programs compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    for variant in variants:
+        row = {"variant": variant}
+        for case, batch in zip(shapes, batches, strict=True):
+            program, args = next(programs)
+            poison()
+            error = batch.sample_error(program(*args)[1], 1)
+            seconds = seconds_of(program, *args, inner=4, repeats=3) / CALLS
+            row[case.name] = {"figure": case.figure(seconds), "unit": case.unit, "error": error}
+            if case.unit == "TFLOP/s":
+                row[case.name]["ratio"] = case.figure(seconds) / ceiling
+        written.content.setdefault("sweep", []).append(row)
+        written.write()
+        print(sweep_line(row), flush=True)
+
+
+def sweep_line(row: dict) -> str:
+    """A variant's figures beside the GEMM rate of the same run; BAD where its results are."""
+    parts = [f"{row['variant']:24s}"]
+    for name, at in row.items():
+        if name == "variant":
+            continue
+        ratio = f" ({at['ratio']:.2f})" if "ratio" in at else ""
+        bad = "" if at["error"] < 1e-2 else f" BAD {at['error']:.1e}"
+        parts.append(f"{name}: {at['figure']:.4g} {at['unit']}{ratio}{bad}")
+    return " | ".join(parts)
+
+
 def add_row(report: dict, case: Case, kernel: str, seconds: float, error: float) -> None:
     """Put one measurement into the report and print it."""
     figure, ceiling = case.figure(seconds), report["ceilings"].get(case.unit)
@@ -326,12 +408,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="beginnings of case names, or 'corners', 'kv'")
+    parser.add_argument("--sweep", choices=["prefill"], help="compare variants of this kernel")
     args = parser.parse_args()
     only = tuple(word for word in args.only.split(",") if word)
     empty = {"checks": [], "attention": [], "kv_update": []}
     what = f"measured on one {jax.devices()[0].device_kind}"
     written = Report(what, args.out, ceilings=ceilings(), **empty)
     report = written.content
+    if args.sweep:
+        sweep_prefill(written)
+        return
     parts = [lambda: bench_attention(report, only)]
     if not only or "kv" in only:
         parts.append(lambda: bench_update(report))

@@ -9,8 +9,8 @@ Two kernels share one entry, `ragged_attention_mosaic`:
 - prefill: rows with more queries, FlashAttention 3 (Shah et al. 2024): one producer warpgroup moves
   K and V through a ring in shared memory, two consumers take turns on the tensor cores and in the
   softmax. Its second overlap, of one tile's scores with the values of the tile before inside a
-  warpgroup, was 7% slower here: the compiler serialises it unless the weights go through shared
-  memory.
+  warpgroup, is a variant (`TuningConfig.prefill_products`) that has not been timed. An earlier form
+  was 7% slower, since ptxas put the products in sequence.
 
 Which row goes where is decided on the device, by a plan of a few small integer arrays. The plan
 depends on the batch alone: XLA computes it once for all layers of a step.
@@ -26,12 +26,18 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float, Int
 
 from sidp_jax.kernels.mosaic import gpu_kernel, in_place
 
 ROWS = 64  # rows of one wgmma
 MIN_TILES = 8  # of a decode worker that has work, if there is enough of it
+PREFILL_PRODUCTS = ("apart", "chained", "overlapped")
+PREFILL_ORDERS = ("rows", "longest")
+UNSEEN = -1e30  # peak of no keys: finite, so that a row of masks alone has weights of zero
 LOG2E = math.log2(math.e)
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
@@ -47,6 +53,14 @@ class TuningConfig:
         decode_stages: K tiles in a worker's ring; V, which is needed later, gets one less.
         prefill_block_kv: keys of one prefill tile.
         prefill_stages: tiles in the ring of a prefill block.
+        prefill_products: how a prefill consumer multiplies. "apart": scores, softmax, values, one
+            after the other. "chained": the values of a tile and the scores of the next at once,
+            across items too. "overlapped": the same, scores first, and the softmax begins while
+            the values are still being multiplied.
+        prefill_turns: whether the consumers take turns on the tensor cores; "apart" always does.
+        prefill_order: "rows": row by row, the longest context first, and in a row head by head.
+            "longest": the query tiles with the longest contexts first, of whatever row, with all
+            their heads; so every block gets the same amount of work, within one tile.
     """
 
     num_sms: int = 132
@@ -55,8 +69,17 @@ class TuningConfig:
     decode_stages: int = 3
     prefill_block_kv: int = 128
     prefill_stages: int = 2
+    prefill_products: str = "apart"
+    prefill_turns: bool = True
+    prefill_order: str = "rows"
 
     def __post_init__(self):
+        if self.prefill_products not in PREFILL_PRODUCTS:
+            raise ValueError(f"{self.prefill_products=} must be one of {PREFILL_PRODUCTS}")
+        if self.prefill_products == "apart" and not self.prefill_turns:
+            raise ValueError(f"{self.prefill_products=} needs prefill_turns=True")
+        if self.prefill_order not in PREFILL_ORDERS:
+            raise ValueError(f"{self.prefill_order=} must be one of {PREFILL_ORDERS}")
         for name in ("decode_block_kv", "prefill_block_kv"):
             if getattr(self, name) not in (64, 128, 256):
                 raise ValueError(f"{name}={getattr(self, name)} must be 64, 128 or 256")
@@ -86,6 +109,7 @@ class DecodePlan(NamedTuple):
 class PrefillPlan(NamedTuple):
     """Query tiles of all rows with several queries, longest rows first."""
 
+    slots: Int[Array, " slots"]  # tiles, those with the longest contexts first
     slot_row: Int[Array, " slots"]  # which of the rows below a tile belongs to
     row: Int[Array, " rows"]
     start: Int[Array, " rows"]  # first query
@@ -151,13 +175,22 @@ def prefill_plan(
     slot_row = jnp.sum(slot[:, None] >= first[None, 1:], axis=1, dtype=jnp.int32)
     slot_row = jnp.minimum(slot_row, seqs)
     row = jnp.minimum(order, seqs - 1)
-    return PrefillPlan(slot_row, row, start[order], end[order], context[order], tiles, first)
+    start, end, context = start[order], end[order], context[order]
+    # The last tile of a row comes first.
+    last = start[slot_row] // 8 * 8 + (tiles + first[:-1])[slot_row] * block_q - slot * block_q
+    visible = context[slot_row] - end[slot_row] + jnp.minimum(last, end[slot_row])
+    visible = jnp.where(context[slot_row] > 0, visible, 0)
+    slots = jnp.argsort(jnp.where(slot < first[-1], -visible, 1), stable=True).astype(jnp.int32)
+    return PrefillPlan(slots, slot_row, row, start, end, context, tiles, first)
 
 
-def _copy_tile(k_ref, v_ref, tables_ref, k_smem, v_smem, k_barrier, v_barrier, wait, *, at):
+def _copy_tile(
+    k_ref, v_ref, tables_ref, k_smem, v_smem, k_barrier, v_barrier, wait, *, at, empty=None
+):
     """Start the loads of one tile of K and V, page by page.
 
-    Pages past the context are not looked up: the last page is read again, and masked.
+    Pages past the context are not looked up: the last page is read again, and masked. A row
+    without any context, where `empty` holds, gets the first page of all.
     """
     row, head_base, tile, last_page, block_kv, page_size = at
     chunk = min(page_size, block_kv)
@@ -166,7 +199,9 @@ def _copy_tile(k_ref, v_ref, tables_ref, k_smem, v_smem, k_barrier, v_barrier, w
         position = tile * block_kv + i * chunk
         index = jnp.minimum(lax.div(position, jnp.int32(page_size)), last_page)
         offset = lax.rem(position, jnp.int32(page_size)) if page_size > block_kv else 0
-        places.append((head_base + tables_ref[row, index], offset))
+        page = tables_ref[row, index]
+        page = page if empty is None else jnp.where(empty, 0, page)
+        places.append((head_base + page, offset))
     wait[0]()
     for i, (page, offset) in enumerate(places):
         source = k_ref.at[page, pl.ds(offset, chunk)]
@@ -235,6 +270,28 @@ def _softmax_step(qk, acc, peak, total, factor: float):
     return weights, acc, new_peak, total * shrink
 
 
+def _settle(sums, scratch_ref):
+    """Keep what `sums` is made of before whatever waits next.
+
+    ptxas moves arithmetic past the waits for products, unless an access to memory needs it: here a
+    store that never happens, as no sum of weights is negative.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_ROW_LAYOUT, plgpu.RefType()))
+    def store_if_negative(ctx, sums, scratch):
+        del ctx
+        pointer = mgpu.utils.memref_ptr(scratch)
+        for x in sums.registers.flat:
+            if isinstance(x.type, ir.VectorType):
+                x = vector.extract(x, dynamic_position=[], static_position=[0])
+            code = "{ .reg .pred p; setp.lt.f32 p, $0, 0f00000000; @p st.shared.f32 [$1], $0; }"
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"), [x, pointer], code, "f,l", has_side_effects=True
+            )
+
+    store_if_negative(sums, scratch_ref)
+
+
 def _iota(shape, axis: int, *, interpret: bool):
     if interpret:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -291,6 +348,7 @@ def _decode_kernel(
     page_size = k_ref.shape[1]
     block, streams = config.decode_block_kv, config.decode_streams
     k_stages, v_stages = config.decode_stages, config.decode_stages - 1
+    span = _span(groups)
     thread = lax.axis_index("wg")
     stream = lax.rem(thread, jnp.int32(streams))
     worker = lax.axis_index("block") * streams + stream
@@ -313,8 +371,10 @@ def _decode_kernel(
             head, first, count = _segment(row, position, end)
             query = row.token * (kv_heads * groups) + head * groups
             pl.when(segments > 0)(lambda: plgpu.barrier_wait(q_free.at[stream]))
-            destination = q_smem.at[stream, pl.ds(0, groups)]
-            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(query, groups)], destination, q_full.at[stream])
+            # Rows past `groups` are other heads' queries, or zeros past the last.
+            source = q_ref.at[pl.ds(query, span)]
+            destination = q_smem.at[stream, pl.ds(0, span)]
+            plgpu.copy_gmem_to_smem(source, destination, q_full.at[stream])
             last_page = _cdiv(row.context, page_size) - 1
             base = layer_base + head * num_pages
 
@@ -357,7 +417,7 @@ def _decode_kernel(
     def _consumer():
         plgpu.set_max_registers(208 if streams <= 2 else 152, action="increase")
         o = o_smem.at[stream]
-        rows = pl.ds(0, groups)
+        rows = pl.ds(0, span)
 
         def segment(carry):
             position, d, step, row = carry
@@ -405,7 +465,7 @@ def _decode_kernel(
             def _write():
                 query = row.token * (kv_heads * groups) + head * groups
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o.at[rows], out_ref.at[pl.ds(query, groups)])
+                _store_heads(o, out_ref, query, groups)
 
             @pl.when(jnp.logical_not(complete))
             def _write_part():
@@ -427,6 +487,23 @@ def _decode_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
+def _span(groups: int) -> int:
+    """Rows that copies of a pair's queries and parts take: up to 8, or 16.
+
+    Ratios of 9, 11 and 13 once failed on an H200 where those up to 8, and 16, did not. With whole
+    groups of eight rows a ratio between 9 and 15 moves what 16 does.
+    """
+    return groups if groups <= 8 else 16
+
+
+def _store_heads(o_smem, out_ref, query, groups: int) -> None:
+    """Store the first `groups` rows at `query`; up to 8 and 16 in one piece, see `_span`."""
+    sizes = [groups] if groups in (*range(1, 9), 16) else [8, groups - 8]
+    for low, size in zip((0, 8), sizes, strict=False):
+        target = out_ref.at[pl.ds(query + low, size)]
+        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(low, size)], target)
+
+
 def _load(ref, layout, *, interpret: bool):
     if interpret:
         return ref[...]
@@ -434,7 +511,7 @@ def _load(ref, layout, *, interpret: bool):
 
 
 def _merge_kernel(
-    part_ref,  # [2 * workers, 2, groups, head_dim]
+    part_ref,  # [2 * workers, 2, _span(groups), head_dim]
     stat_ref,  # [2 * workers, 64]
     *refs,
     kv_heads: int,
@@ -457,7 +534,7 @@ def _merge_kernel(
 
     @pl.when((place < last) & (begin < place) & (before <= begin))
     def _merge():
-        rows = pl.ds(0, groups)
+        rows = pl.ds(0, _span(groups))
 
         def load(part):
             plgpu.commit_smem()
@@ -491,7 +568,7 @@ def _merge_kernel(
         part_smem[0] = value.astype(out_ref.dtype)
         plgpu.commit_smem()
         query = plan.token[d] * (kv_heads * groups) + head * groups
-        plgpu.copy_smem_to_gmem(part_smem.at[0, rows], out_ref.at[pl.ds(query, groups)])
+        _store_heads(part_smem.at[0], out_ref, query, groups)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -502,13 +579,24 @@ def _prefill_item(plan: PrefillPlan, item, *, config, kv_heads: int, groups: int
     """Row, first token, heads and number of K/V tiles of one item of work."""
     block_q = ROWS * 2 // shared
     pairs = groups // shared
-    d = plan.slot_row[lax.div(item, jnp.int32(kv_heads * pairs))]
-    tiles = plan.tiles[d]
-    rest = item - plan.first_slot[d] * (kv_heads * pairs)
-    head = lax.div(rest, tiles * pairs)
-    rest = rest - head * (tiles * pairs)
-    rank = lax.div(rest, jnp.int32(pairs))
-    first_head = head * groups + (rest - rank * pairs) * shared
+    slot = lax.div(item, jnp.int32(kv_heads * pairs))
+    if config.prefill_order == "longest":
+        rest = item - slot * (kv_heads * pairs)
+        head = lax.div(rest, jnp.int32(pairs))
+        pair = rest - head * pairs
+        slot = plan.slots[slot]
+        d = plan.slot_row[slot]
+        tiles = plan.tiles[d]
+        rank = slot - plan.first_slot[d]
+    else:
+        d = plan.slot_row[slot]
+        tiles = plan.tiles[d]
+        rest = item - plan.first_slot[d] * (kv_heads * pairs)
+        head = lax.div(rest, tiles * pairs)
+        rest = rest - head * (tiles * pairs)
+        rank = lax.div(rest, jnp.int32(pairs))
+        pair = rest - rank * pairs
+    first_head = head * groups + pair * shared
     start, end, context = plan.start[d], plan.end[d], plan.context[d]
     # The last tile, with the longest context, first.
     token = lax.div(start, jnp.int32(8)) * 8 + (tiles - 1 - rank) * block_q
@@ -531,9 +619,9 @@ def _prefill_kernel(
     factor: float,
     interpret: bool,
 ):
-    plan = PrefillPlan(*refs[:7])
-    out_ref, q_smem, o_smem, k_smem, v_smem = refs[7:12]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[12:]
+    plan = PrefillPlan(*refs[:8])
+    out_ref, q_smem, o_smem, k_smem, v_smem = refs[8:13]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[13:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
@@ -667,6 +755,290 @@ def _prefill_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
+class _Item(NamedTuple):
+    """One item of prefill work: what the two consumers of a block compute in one go."""
+
+    row: Any  # of the plan
+    head: Any  # of K and V
+    first_head: Any  # of the queries
+    token: Any  # first query of the tile
+    start: Any  # first query of the row
+    end: Any  # one past its last
+    context: Any
+    steps: Any  # tiles of K and V
+
+
+def _chained_prefill_kernel(
+    q_ref,  # [tokens, heads, head_dim]
+    k_ref,  # [layers * kv_heads * pages, page_size, head_dim]
+    v_ref,
+    layer_ref,  # [1]
+    tables_ref,  # [seqs, max_pages]
+    *refs,
+    config: TuningConfig,
+    kv_heads: int,
+    groups: int,
+    num_pages: int,
+    factor: float,
+    interpret: bool,
+):
+    """Prefill whose consumers hand the tensor cores two products at a time.
+
+    The values of a tile go together with the scores of the next, across items too: the first
+    scores of an item are under way with the last values of the item before, whose results are
+    stored while the other consumer multiplies. The tiles of an item run backwards, so that the
+    first is the one that causality cuts.
+    """
+    plan = PrefillPlan(*refs[:8])
+    out_ref, q_smem, o_smem, k_smem, v_smem = refs[8:13]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn, settle_smem = refs[13:]
+    head_dim = q_ref.shape[2]
+    page_size = k_ref.shape[1]
+    block, stages = config.prefill_block_kv, config.prefill_stages
+    shared = 2 if groups % 2 == 0 else 1  # heads of one block
+    wg = lax.axis_index("wg")
+    sm = lax.axis_index("block")
+    num_items = plan.first_slot[plan.first_slot.shape[0] - 1] * (kv_heads * (groups // shared))
+    ring = functools.partial(lax.rem, y=jnp.int32(stages))
+
+    def item_of(round_):
+        # Back and forth, so that a block with a long item gets a short one next.
+        odd = lax.rem(round_, jnp.int32(2)) == 1
+        return round_ * config.num_sms + jnp.where(odd, config.num_sms - 1 - sm, sm)
+
+    def describe(round_) -> _Item:
+        # Past the end it is the last item again: nobody asks, but the look-up must be in bounds.
+        index = jnp.clip(item_of(round_), 0, jnp.maximum(num_items - 1, 0))
+        sizes = {"kv_heads": kv_heads, "groups": groups, "shared": shared}
+        item = _Item(*_prefill_item(plan, index, config=config, **sizes))
+        # Padding gets a tile too, all of it masked, so that every item has one.
+        return item._replace(steps=jnp.maximum(item.steps, 1))
+
+    def place_of(item: _Item, wg):
+        if shared == 2:
+            return item.token, item.first_head + wg
+        return item.token + ROWS * wg, item.first_head
+
+    @pl.when(wg == 2)
+    def _producer():
+        plgpu.set_max_registers(40, action="decrease")
+        layer_base = layer_ref[0] * (kv_heads * num_pages)
+
+        def body(carry):
+            round_, step = carry
+            item = describe(round_)
+            last_page = jnp.maximum(_cdiv(item.context, page_size) - 1, 0)
+            base = layer_base + item.head * num_pages
+
+            def load_queries():
+                q_slot = lax.rem(round_, jnp.int32(2))
+                for i in range(2):
+                    place = q_slot * 2 + i
+                    pl.when(round_ > 1)(lambda place=place: plgpu.barrier_wait(q_free.at[place]))
+                    first, q_head = place_of(item, i)
+                    source = q_ref.at[pl.ds(first, ROWS), q_head]
+                    plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, i], q_full.at[place])
+
+            def tile(i, _):
+                n = step + i
+                slot = ring(n)
+
+                def wait(free):
+                    pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+
+                def between():
+                    # The first keys do not wait for room for the queries.
+                    pl.when(i == 0)(load_queries)
+                    wait(v_free)
+
+                _copy_tile(
+                    k_ref,
+                    v_ref,
+                    tables_ref,
+                    k_smem.at[slot],
+                    v_smem.at[slot],
+                    k_full.at[slot],
+                    v_full.at[slot],
+                    (lambda: wait(k_free), between),
+                    at=(
+                        *(plan.row[item.row], base, item.steps - 1 - i),
+                        *(last_page, block, page_size),
+                    ),
+                    empty=item.context <= 0,
+                )
+
+            lax.fori_loop(0, item.steps, tile, None)
+            return round_ + 1, step + item.steps
+
+        carry = (jnp.int32(0), jnp.int32(0))
+        rounds, step = lax.while_loop(lambda c: item_of(c[0]) < num_items, body, carry)
+        _drain(step, stages, (k_free, v_free))
+        for i in range(4):
+            pl.when(rounds > i // 2)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
+
+    @pl.when(wg < 2)
+    def _consumer():
+        plgpu.set_max_registers(232, action="increase")
+
+        # A consumer multiplies when the other has handed the tensor cores over.
+        def pass_turn():
+            if config.prefill_turns:
+                plgpu.barrier_arrive(turn.at[1 - wg])
+
+        def wait_turn():
+            if config.prefill_turns:
+                plgpu.barrier_wait(turn.at[wg])
+
+        if config.prefill_turns:
+            pl.when(wg == 1)(pass_turn)
+
+        def tile(i, state, *, item, round_, step, masked: bool):
+            """Scores and softmax of the item's tile `i`, beside the values of the tile before."""
+            acc, weights, peak, total = state
+            slot, slot_before = ring(step + i), ring(step + i + (stages - 1))
+            q = q_smem.at[lax.rem(round_, jnp.int32(2)), wg]
+            keys, values = k_smem.at[slot], v_smem.at[slot_before]
+            token, _ = place_of(item, wg)
+
+            def softmax(qk):
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    shift = item.context - item.end + token  # position of the first query
+                    first_key = (item.steps - 1 - i) * block
+                    query = shift - first_key + _iota((ROWS, block), 0, interpret=interpret)
+                    key = _iota((ROWS, block), 1, interpret=interpret)
+                    qk = jnp.where(query >= key, qk, -jnp.inf)
+                new_peak = jnp.maximum(peak, qk.max(axis=1) * factor)
+                shrink = jnp.exp2(peak - new_peak)
+                new = jnp.exp2(qk * factor - _over_keys(new_peak, qk.shape))
+                sums = total * shrink + new.sum(axis=1)
+                return new, shrink, new_peak, sums
+
+            plgpu.barrier_wait(k_full.at[slot])
+            wait_turn()
+            if interpret:
+                pass_turn()
+                qk = jnp.dot(q[...], keys[...].T, preferred_element_type=jnp.float32)
+                new, shrink, peak, total = softmax(qk)
+                acc = _add_values(acc, weights, values, interpret=True)
+            else:
+
+                def scope(scores_ref, acc_ref):
+                    acc_ref[...] = acc
+                    if config.prefill_products == "overlapped":
+                        plgpu.wgmma(scores_ref, q, keys.transpose((1, 0)))
+                        plgpu.wgmma(acc_ref, weights, values)
+                        pass_turn()
+                        qk = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+                        # The barriers keep the softmax between the two waits. The new weights
+                        # are rounded after the second: the old ones are in use until then, and
+                        # the compiler would give both the same registers.
+                        results = softmax(lax.optimization_barrier(qk))
+                        results = lax.optimization_barrier(results)
+                        _settle(results[3], settle_smem)
+                        after = acc_ref[...]
+                        return lax.optimization_barrier((*results, after))
+                    plgpu.wgmma(acc_ref, weights, values)
+                    plgpu.wgmma(scores_ref, q, keys.transpose((1, 0)))
+                    pass_turn()
+                    after = acc_ref[...]
+                    return *softmax(scores_ref[...]), after
+
+                new, shrink, peak, total, acc = pl.run_scoped(
+                    scope,
+                    plgpu.ACC((ROWS, block), jnp.float32),
+                    plgpu.ACC((ROWS, head_dim), jnp.float32),
+                )
+            return (acc, new.astype(q_ref.dtype), peak, total), shrink
+
+        def next_tile(i, state, *, step, release, masked: bool, **where):
+            slot_before = ring(step + i + (stages - 1))
+            plgpu.barrier_wait(v_full.at[slot_before])
+            (acc, weights, peak, total), shrink = tile(i, state, step=step, masked=masked, **where)
+            plgpu.barrier_arrive(v_free.at[slot_before])
+            pl.when(i == 1)(release)
+            return acc * _over_keys(shrink, acc.shape), weights, peak, total
+
+        def store(acc, total, item, round_):
+            total = jnp.where(total == 0.0, 1.0, total)
+            acc = acc * _over_keys(1.0 / total, acc.shape)
+            rounded = acc.astype(q_ref.dtype)
+            token, q_head = place_of(item, wg)
+            # What a whole tile needs is swizzled, so that its rows do not share banks; the item's
+            # queries have made room for it. Pieces of a tile lie row by row.
+            whole = (token >= item.start) & (token + ROWS <= item.end)
+
+            @pl.when(whole)
+            def _store_tile():
+                o = q_smem.at[lax.rem(round_, jnp.int32(2)), wg]
+                o[...] = rounded
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o, out_ref.at[pl.ds(token, ROWS), q_head])
+
+            @pl.when(jnp.logical_not(whole))
+            def _store_pieces():
+                o_smem[wg] = rounded
+                plgpu.commit_smem()
+                _store_rows(o_smem.at[wg], out_ref, token, q_head, item.start, item.end)
+
+        def release(round_):
+            """Give the room of an item's queries back, once its results have left."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[lax.rem(round_, jnp.int32(2)) * 2 + wg])
+
+        def nothing():
+            acc, _, total = _start_state(head_dim, interpret=interpret)
+            return acc, _full((ROWS,), UNSEEN, interpret=interpret), total
+
+        def body(carry):
+            round_, step, item, before, acc, weights, total = carry
+            started, slot_before = round_ > 0, ring(step + (stages - 1))
+            pl.when(started)(lambda: plgpu.barrier_wait(v_full.at[slot_before]))
+            plgpu.barrier_wait(q_full.at[lax.rem(round_, jnp.int32(2)) * 2 + wg])
+            zero, peak, none = nothing()
+            where = {"item": item, "round_": round_, "step": step}
+            state, _ = tile(0, (acc, weights, peak, none), masked=True, **where)
+            acc_before, *state = state
+            pl.when(started)(lambda: plgpu.barrier_arrive(v_free.at[slot_before]))
+            pl.when(started)(lambda: store(acc_before, total, before, round_ - 1))
+            free = lambda: pl.when(started)(lambda: release(round_ - 1))  # noqa: E731
+            pl.when(item.steps == 1)(free)
+            after = describe(round_ + 1)
+            token, _ = place_of(item, wg)
+            seen = item.context - item.end + token + 1  # keys that the first query sees
+            whole = jnp.clip(lax.div(jnp.maximum(seen, 0), jnp.int32(block)), 0, item.steps)
+            edge = jnp.maximum(item.steps - whole, 1)
+            loop = functools.partial(next_tile, release=free, **where)
+            state = lax.fori_loop(1, edge, functools.partial(loop, masked=True), (zero, *state))
+            state = lax.fori_loop(
+                edge, item.steps, functools.partial(loop, masked=False), tuple(state)
+            )
+            acc, weights, _, total = state
+            return round_ + 1, step + item.steps, after, item, acc, weights, total
+
+        zero, _, none = nothing()
+        weights = _full((ROWS, block), 0.0, interpret=interpret).astype(q_ref.dtype)
+        first = describe(jnp.int32(0))
+        carry = (jnp.int32(0), jnp.int32(0), first, first, zero, weights, none)
+        carry = lax.while_loop(lambda c: item_of(c[0]) < num_items, body, carry)
+        rounds, step, _, item, acc, weights, total = carry
+
+        @pl.when(rounds > 0)
+        def _last_values():
+            slot = ring(step + (stages - 1))
+            plgpu.barrier_wait(v_full.at[slot])
+            wait_turn()
+            out = _add_values(acc, weights, v_smem.at[slot], interpret=interpret)
+            pass_turn()
+            plgpu.barrier_arrive(v_free.at[slot])
+            store(out, total, item, rounds - 1)
+            release(rounds - 1)
+
+        if config.prefill_turns:
+            pl.when(wg == 0)(wait_turn)
+        plgpu.wait_smem_to_gmem(0)
+
+
 def _store_rows(o_smem, out_ref, token, head, start, end):
     """Store the rows of a tile that belong to [start, end), in pieces of a power of two."""
     low = jnp.maximum(start - token, 0)
@@ -694,10 +1066,9 @@ def check_fits(q, k_pages, block_tables, config: TuningConfig) -> None:
         raise ValueError(f"{head_dim=} must be 64 or 128 for the mosaic kernels; use 'reference'")
     if page_size not in (16, 32, 64, 128):
         raise ValueError(f"{page_size=} must be 16, 32, 64 or 128 for the mosaic kernels")
-    if heads // kv_heads not in (*range(1, 9), 16):
-        # 9, 11 and 13 failed on an H200, for a reason not yet found.
+    if heads // kv_heads > 16:
         raise ValueError(
-            f"{heads=} / {kv_heads=} must be 1 to 8 or 16 for the mosaic kernels; use 'reference'"
+            f"{heads=} / {kv_heads=} must be at most 16 for the mosaic kernels; use 'reference'"
         )
     if q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"{q.dtype=} and {k_pages.dtype=} must both be bfloat16 (or float16)")
@@ -808,7 +1179,7 @@ def _call_decode(q, shared, plan, static, interpret):
         functools.partial(_decode_kernel, **static),
         out_type=[
             jax.ShapeDtypeStruct((q.shape[0] * q.shape[1], head_dim), q.dtype),
-            jax.ShapeDtypeStruct((parts, 2, groups, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((parts, 2, _span(groups), head_dim), q.dtype),
             jax.ShapeDtypeStruct((parts, ROWS), jnp.float32),
         ],
         scratch=[
@@ -862,20 +1233,26 @@ def _call_prefill(out_ref, q, shared, plan, static, interpret):
     copies = max(1, block // shared[0].shape[1])
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    apart = config.prefill_products == "apart"
+    # Queries of one item, or of two: then the next ones arrive early.
+    queries = (2,) if apart else (2, 2)
+    query = plgpu.Barrier(num_barriers=math.prod(queries))
+    turn = plgpu.Barrier(num_arrivals=2) if apart else plgpu.Barrier(num_barriers=2)
     kernel = gpu_kernel(
-        functools.partial(_prefill_kernel, **static),
+        functools.partial(_prefill_kernel if apart else _chained_prefill_kernel, **static),
         scratch=[
-            _ring((2, ROWS, head_dim), q.dtype),
+            _ring((*queries, ROWS, head_dim), q.dtype),
             plgpu.SMEM((2, ROWS, head_dim), q.dtype),
             _ring((stages, block, head_dim), q.dtype),
             _ring((stages, block, head_dim), q.dtype),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
+            query,
+            query,
             full,
             full,
             free,
             free,
-            plgpu.Barrier(num_arrivals=2),
+            turn,
+            *(() if apart else (plgpu.SMEM((ROWS,), jnp.float32),)),
         ],
         grid=config.num_sms,
         warpgroups=3,
