@@ -246,16 +246,18 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
 
 
 def fetch_bytes(setting: Setting, candidate: Candidate) -> list[int]:
-    """Bytes that WaS fetches into: the kernels of a layer, and the next one's down projection.
+    """Bytes that WaS fetches into: the kernels of a layer, and what of the next one comes early.
 
-    The next one's other kernels arrive when their like have been used; from the host all do.
+    That is its down projection or, from the host, its attention's kernels; the others arrive when
+    their like have been used.
     """
     pooled = setting.model.num_layers - candidate.resident_layers
     if pooled == 0:
         return [0, 0]
     parameters = layer_parameters(setting.model)
     kernels = sum(prod(p.shape) for name, p in parameters.items() if name.endswith("kernel"))
-    ahead = prod(parameters["down.kernel"].shape) if pooled > 1 and not candidate.on_host else 0
+    early = ("qkv.kernel", "out.kernel") if candidate.on_host else ("down.kernel",)
+    ahead = sum(prod(parameters[name].shape) for name in early) if pooled > 1 else 0
     return [setting.dtype_bytes * n // candidate.tensor_size for n in (kernels, ahead)]
 
 

@@ -55,6 +55,8 @@ def run_layers(
     head, *after = spans(context.layout)
     if not after:
         return run_resident(context, weights.resident, head, x, kv)
+    if context.layout.on_host:
+        return _run_from_host(context, weights, x, kv)
     size = context.layout.pool_size
     ordered = [head, *after]
     behind = [
@@ -62,14 +64,13 @@ def run_layers(
     ]
     slab = local_slab(weights.pooled)
     vectors = _gather_vectors(slab) if size > 1 else None
-    layout = context.layout
-    first = _Source(slab, vectors, 0, 0, context.platform, layout.on_host)
+    first = _Source(slab, vectors, 0, 0, context.platform)
     stages = _Stages(context, first.spec())
 
     def super_step(carry, k: Index, behind: list[Span]):
         x, kv, buffer = carry
         for owner, span in enumerate(behind):
-            source = _Source(slab, vectors, k, owner, context.platform, layout.on_host)
+            source = _Source(slab, vectors, k, owner, context.platform)
             if span.pooled is None:
                 # Nothing but resident layers can run before the first fetch has arrived. The last
                 # kernel is fetched while the first layer runs, if that is in this super-step.
@@ -118,13 +119,6 @@ def _run_fetched(
     row, (x, up) = source.read((*ATTENTION, _UP), after=(x, buffer[_UP]))
     early, x = source.fetch(row, ATTENTION, after=x)
     gated = stages.up({**_only(buffer, ()), _UP: up}, x)
-    if source.on_host:
-        # Copies wait for nothing but their buffers: up to their layer there are resident ones, too.
-        row, gated = source.read([_UP, _DOWN], after=gated)
-        late, gated = source.fetch(row, [_UP], after=gated)
-        x = stages.down(_only(buffer, [_DOWN]), x, gated)
-        last, x = source.fetch(row, [_DOWN], after=x)
-        return x, kv, {**early, **late, **last, **source.vectors()}
     # What was fetched before has to be here first: then the link, which is busy with that up to
     # now, has nothing else to do, and XLA cannot start these later.
     late, tied = source.fetch(row, [_UP], after=(gated, early, buffer[_DOWN]))
@@ -132,6 +126,85 @@ def _run_fetched(
     last, (gated, early, down) = source.fetch(row, [_DOWN], after=tied)
     x = stages.down({_DOWN: down}, x, gated)
     return x, kv, {**early, **late, **last, **source.vectors()}
+
+
+def _run_from_host(
+    context: LayerContext, weights: Weights, x: jax.Array, kv: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """``run_layers`` where the host owns the pooled layers: each is copied beneath those before it.
+
+    XLA has two copies under way at most, and lets the compute wait for the one before the last
+    wherever another one starts. So two copies of a layer start at first, in a second buffer, and
+    the others later, when half of the one before should have arrived: they are spread over the
+    layers that are computed meanwhile.
+    """
+    ordered, slab = spans(context.layout), local_slab(weights.pooled)
+    stages = _Stages(context, _Source(slab, None, 0, 0, context.platform, True).spec())
+    fetched: LayerParams = {}
+    for row, span in enumerate(ordered):
+        layers = [] if span.pooled is None else [(fetched, span.pooled)]
+        for offset, layer in enumerate(span.resident):
+            layers.append((take(weights.resident, span.first_resident + offset), layer))
+        source = _Source(slab, None, row, 0, context.platform, True)
+        pending = _copies(stages.specs) if row < len(slab) else []
+        fetched = source.vectors() if pending else {}
+        x, kv, arriving = _run_beneath(stages, layers, source, pending, x, kv)
+        fetched |= arriving
+    return x, kv
+
+
+def _copies(specs: LayerParams) -> list[tuple[float, list[str]]]:
+    """Which kernels to start copying after which share of the layers before, in order."""
+    sizes = {name: specs[name].size for name in _KERNELS}
+    whole, (into, out) = sum(sizes.values()), ATTENTION
+    up_at = (sizes[into] + sizes[out] / 2) / whole
+    down_at = (sizes[into] + sizes[out] + sizes[_UP] / 2) / whole
+    return [(0.0, [into, out]), (up_at, [_UP]), (down_at, [_DOWN])]
+
+
+def _run_beneath(
+    stages: _Stages,
+    layers: Sequence[tuple[LayerParams, Index]],
+    source: _Source,
+    pending: list[tuple[float, list[str]]],
+    x: jax.Array,
+    kv: KVCache,
+) -> tuple[jax.Array, KVCache, LayerParams]:
+    """Runs layers whose weights are here while another one's are copied.
+
+    Args:
+        stages: The parts of a layer.
+        layers: Parameters and numbers of the layers.
+        source: Where the other one is.
+        pending: What ``_copies`` returned; nothing after the last fetched layer.
+        x: Residual stream, ``[tokens, hidden]``.
+        kv: This replica's cache.
+
+    Returns:
+        The activations and the cache after the layers, and the other one's kernels.
+    """
+    sizes = {name: stages.specs[name].size for name in _KERNELS}
+    whole = max(1, len(layers)) * sum(sizes.values())
+    arriving: LayerParams = {}
+    done, pending = 0, list(pending)
+
+    def start(share: float, after: jax.Array) -> jax.Array:
+        while pending and pending[0][0] <= share:
+            _, names = pending.pop(0)
+            row, after = source.read(names, after=after)
+            copies, after = source.fetch(row, names, after=after)
+            arriving.update(copies)
+        return after
+
+    for params, layer in layers:
+        x, kv = stages.attention(_only(params, ATTENTION), layer, start(done / whole, x), kv)
+        done += sum(sizes[name] for name in ATTENTION)
+        x = start(done / whole, x)
+        gated = stages.up(_only(params, [_UP]), x)
+        done += sizes[_UP]
+        x = stages.down(_only(params, [_DOWN]), x, start(done / whole, gated))
+        done += sizes[_DOWN]
+    return start(1.0, x), kv, arriving
 
 
 def _only(buffer: LayerParams, kernels: Sequence[str]) -> LayerParams:
@@ -211,7 +284,7 @@ class _Source:
     row: Index
     owner: int
     platform: str
-    on_host: bool
+    on_host: bool = False
 
     def spec(self) -> LayerParams:
         """Shape and type of each of the layer's parameters."""
