@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 import jax
@@ -49,6 +50,17 @@ def gpu_kernel(
             reduction_scratch_bytes=512,  # rows lie within four lanes: reductions need none
         ),
     )
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """`plgpu.load` of all of `ref`, as its swizzle allows.
+
+    It wants an index in jax 0.10, which 0.11 deprecates: index with `ref.at` instead.
+    """
+    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
+
+
+_WHOLE = ((),) if signature(plgpu.load).parameters["idx"].default is Parameter.empty else ()
 
 
 def in_place(x: jax.Array, *, interpret: bool) -> Any:

@@ -31,7 +31,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float, Int
 
-from sidp_jax.kernels.mosaic import gpu_kernel, in_place
+from sidp_jax.kernels.mosaic import gpu_kernel, in_place, load
 
 ROWS = 64  # rows of one wgmma
 MIN_TILES = 8  # of a decode worker that has work, if there is enough of it
@@ -507,7 +507,7 @@ def _store_heads(o_smem, out_ref, query, groups: int) -> None:
 def _load(ref, layout, *, interpret: bool):
     if interpret:
         return ref[...]
-    return plgpu.load(ref, (), layout=layout, optimized=False)
+    return load(ref, layout)
 
 
 def _merge_kernel(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sidp_jax.kernels.mosaic import gpu_kernel
+from sidp_jax.kernels.mosaic import gpu_kernel, load
 
 ROWS = 64  # tokens of one tile
 BLOCKS = 264  # two blocks on each of the 132 multiprocessors of an H100 or H200
@@ -64,17 +64,13 @@ def turn_heads_mosaic(
 
     def columns(ref, first):
         """Half of a scale, for all rows of a tile."""
-        if interpret:
-            x = ref[pl.ds(first, half)]
-        else:
-            x = plgpu.load(ref, (pl.ds(first, half),), layout=_COLUMNS, optimized=False)
+        x = ref[pl.ds(first, half)] if interpret else load(ref.at[pl.ds(first, half)], _COLUMNS)
         return lax.broadcast_in_dim(x, (ROWS, half), [1])
 
     def tile_of(ref, first):
         if interpret:
             return ref[:, pl.ds(first, half)]
-        where = (slice(None), pl.ds(first, half))
-        return plgpu.load(ref, where, layout=plgpu.Layout.WGMMA, optimized=False)
+        return load(ref.at[:, pl.ds(first, half)], plgpu.Layout.WGMMA)
 
     def kernel(qkv_ref, cos_ref, sin_ref, *refs):
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
