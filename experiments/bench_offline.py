@@ -94,11 +94,11 @@ def parse_case(text: str) -> Lengths:
 
 
 def floor_seconds(engine: Engine, lengths: Lengths, ceilings: Ceilings) -> float:
-    """The least time for a job on one replica: every byte moved and every product done just once.
+    """The least time for a job: every byte moved and every product done just once.
 
     Dense work is bound by its FLOPs, or by reading the weights once for each of the fewest
     steps that the concurrency allows; attention by reading K and V for every output token, and
-    by the products of the prompts.
+    by the products of the prompts. The devices share the work evenly, and nothing crosses a link.
     """
     model, shapes = engine.model_config, engine.runner.shapes
     from sidp_jax.models.decoder import layer_spec
@@ -115,14 +115,15 @@ def floor_seconds(engine: Engine, lengths: Lengths, ceilings: Ceilings) -> float
         engine.max_concurrency, engine.kv_tokens / np.mean([i + o for i, o in lengths])
     )
     steps = max(max(o for _, o in lengths), ceil(outputs / concurrency))
-    weights = steps * (dense + head) * item / ceilings.copy_bandwidth
+    mesh = engine.runner.program.mesh
+    weights = steps * (dense + head) * item / engine.runner.program.tensor_size
     kv_read = sum(o * i + o * o / 2 for i, o in lengths) * kv_token
     attention = sum(i * i for i, _ in lengths) * 2 * model.num_layers
     attention *= model.num_heads * model.head_dim
     return (
-        max(flops / ceilings.matmul_flops, weights)
-        + kv_read / ceilings.copy_bandwidth
-        + attention / ceilings.matmul_flops
+        max(flops / mesh.size / ceilings.matmul_flops, weights / ceilings.copy_bandwidth)
+        + kv_read / mesh.size / ceilings.copy_bandwidth
+        + attention / mesh.size / ceilings.matmul_flops
     )
 
 
@@ -193,7 +194,8 @@ def run_case(
     rng = np.random.default_rng(seed)
     vocab = engine.model_config.vocab_size
     prompts = [rng.integers(0, vocab, i).tolist() for i, _ in lengths]
-    compilations, steps = engine.compilations, sum(engine.stats.steps.values())
+    compilations, before = engine.compilations, engine.stats.steps.copy()
+    switches = len(engine.stats.switches)
     preemptions = engine.scheduler.num_preemptions
     start = time.perf_counter()
     for index, (prompt, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
@@ -209,7 +211,8 @@ def run_case(
     wall = time.perf_counter() - start - paused
     prompt_tokens = sum(i for i, _ in lengths)
     assert produced == sum(o for _, o in lengths), "every request has its length"
-    steps = sum(engine.stats.steps.values()) - steps
+    modes = engine.stats.steps - before
+    steps = sum(modes.values())
     return {
         "wall_s": wall,
         "requests_per_s": len(lengths) / wall,
@@ -217,6 +220,8 @@ def run_case(
         "output_tokens_per_s": produced / wall,
         "total_tokens_per_s": (prompt_tokens + produced) / wall,
         "steps": steps,
+        "steps_by_mode": dict(modes),
+        "mode_switches": len(engine.stats.switches) - switches,
         "mean_tokens_per_step": (prompt_tokens + produced) / steps,
         "preemptions": engine.scheduler.num_preemptions - preemptions,
         "compilations": engine.compilations - compilations,
@@ -282,7 +287,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
         report.content["cases"][name] = figures
         report.write()
-        print(name, json.dumps({k: v if v is None else round(v, 3) for k, v in figures.items()}))
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}
+        print(name, json.dumps(shown))
     print(f"ready in {ready:.1f} s, {engine.kv_tokens:,} KV tokens, ceilings {ceilings}")
 
 
