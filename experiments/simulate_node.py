@@ -6,7 +6,7 @@ r"""Simulate jobs on a node of eight GPUs that is not there: is pooling worth it
     python experiments/simulate_node.py --figures docs/figures --out ...   # from that file
     python experiments/simulate_node.py --validate experiments/results/offline.json
 
-Each job is replayed by the real scheduler, page allocator and policy (``node_simulator``) for
+Each job is replayed by the real scheduler, page allocator and policy (``sidp_jax.replay``) for
 plain data parallelism, every DP x TP, WaS alone, CaS alone and ``auto``, each in the configuration
 that the plan estimates to be best for the job's mean lengths. ``auto`` is what the plan recommends,
 which may be not to pool. ``--validate`` compares with whole jobs measured by ``bench_offline.py``.
@@ -28,7 +28,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from node_simulator import Lengths, Simulated, simulate
 from node_tables import draw_figures, print_tables
 
 from sidp_jax.config import EngineConfig, load_config
@@ -38,6 +37,7 @@ from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
 from sidp_jax.plan import WORTHWHILE
 from sidp_jax.plan_search import Option, best, plain_candidates, pooled_candidates, tensor_sizes
+from sidp_jax.replay import Lengths, Simulated, simulate
 from sidp_jax.settle import DTYPE_BYTES, longest_sequence, make_policy
 
 GPUS, PAGE_SIZE, UTILIZATION = 8, 64, 0.92

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import exp, inf
+from operator import mul
 
 from sidp_jax.request import Sequence
 
@@ -124,7 +125,7 @@ def seconds_left(costs: StepCosts, work: Work, size: int) -> float:
 
 
 def _tokens(groups: Seq[float], held: Seq[float | int]) -> float:
-    return sum(n * tokens for n, tokens in zip(groups, held, strict=False))
+    return sum(map(mul, groups, held))
 
 
 def _stop_youngest(

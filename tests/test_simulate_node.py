@@ -13,14 +13,13 @@ from sidp_jax.hardware import load_profile
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
 from sidp_jax.plan import WORTHWHILE
+from sidp_jax.replay import PoolSimulator, simulate
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
-import node_simulator  # noqa: E402
 import node_tables  # noqa: E402
 import simulate_node  # noqa: E402
-from node_simulator import PoolSimulator, simulate  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +43,13 @@ def candidate(pool=2, modes=(WAS, CAS, CAS_STAGGERED), seqs=8, budget=64, **chan
     )
 
 
-LENGTHS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 60)), min_size=1, max_size=30)
+LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=30)
 
 
-@given(LENGTHS, st.integers(1, 3), st.integers(1, 9), st.integers(40, 120))
-@settings(max_examples=60)
+@given(LENGTHS, st.integers(1, 3), st.integers(1, 9), st.integers(90, 200))
+@settings(max_examples=80)
 def test_skipping_repeated_steps_changes_nothing(lengths, pool, seqs, pages):
-    where = setting(page_size=4, longest=150)
+    where = setting(page_size=4, longest=360)
     ours = candidate(pool, seqs=seqs, budget=32)
     fast, slow = (simulate(where, ours, pages, lengths, skip=skip) for skip in (True, False))
     assert slow.planned == sum(slow.steps.values())
@@ -68,6 +67,16 @@ def test_long_decodes_are_planned_in_few_steps():
     assert sum(job.steps.values()) > 1999
     assert job.planned < 40
     assert job.output_tokens == 8000
+
+
+def test_long_prefills_are_planned_in_few_steps():
+    where, ours = setting(longest=20_000), candidate(seqs=4, budget=64)
+    fast, slow = (
+        simulate(where, ours, 400, [(16_000, 8)] * 2, skip=skip) for skip in (True, False)
+    )
+    assert slow.planned > 250
+    assert fast.planned < 40
+    assert fast.seconds == pytest.approx(slow.seconds)
 
 
 def test_a_job_takes_the_time_of_its_steps():
@@ -195,7 +204,7 @@ def test_validation_replays_the_measured_command(tmp_path):
     first, second = simulate_node.validate(path)
     where = setting("qwen3_32b", longest=4096)
     ours = candidate(1, (REPLICATED,), seqs=512, budget=1024, resident_layers=64)
-    job = node_simulator.simulate(where, ours, 100, [(64, 16)] * 8)
+    job = simulate(where, ours, 100, [(64, 16)] * 8)
     assert first["simulated_s"] == pytest.approx(job.seconds)
     assert first["ratio"] == pytest.approx(job.seconds / 1.0)
     assert first["simulated_steps"] == 16

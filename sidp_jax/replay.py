@@ -24,11 +24,13 @@ from sidp_jax.estimate import (
     step_seconds,
 )
 from sidp_jax.modes.policy import PolicyState, Switch
+from sidp_jax.pages import PageAllocator
 from sidp_jax.request import SamplingParams, Sequence
-from sidp_jax.scheduler import Scheduler, SchedulerConfig, StepPlan
+from sidp_jax.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
 from sidp_jax.settle import step_costs
 
 _POINTS = 9
+_MANY = 1 << 20
 
 Lengths = Seq[tuple[int, int]]
 """Prompt and output tokens of each request."""
@@ -49,7 +51,7 @@ class Simulated:
         switches: Of one pool.
         preemptions: Of one pool.
         peak_running: Most sequences of one replica, on average over the replicas.
-        planned: Steps that the scheduler planned one by one; the others only repeat decodes.
+        planned: Steps that the scheduler planned one by one; the others repeat one of these.
     """
 
     requests: int = 0
@@ -77,8 +79,9 @@ class PoolSimulator:
         candidate: The configuration; the share is that of one of its pools.
         num_kv_pages: Pages of one replica.
         lengths: The share's requests.
-        skip: Whether runs of steps that only decode, admit nobody and end nobody are taken in one
-            go. The result is the same; without it every step is planned.
+        skip: Whether runs of steps in which the same sequences decode and prefill, and nobody is
+            admitted or ends, are taken in one go. The result is the same; without it every step is
+            planned.
     """
 
     def __init__(
@@ -156,17 +159,22 @@ class PoolSimulator:
             self.result.switches.append(switch)
         attention, sampled = 0.0, 0
         for chunks in plan.replicas:
-            sampled += sum([chunk.samples for chunk in chunks])
-            read = sum([chunk.start + 1 for chunk in chunks if chunk.length == 1])
-            prefills = [
-                (n * start + n * (n + 1) // 2, start + n) for _, start, n, _ in chunks if n > 1
-            ]
-            seconds = attention_seconds(self.setting, self.candidate, tokens, read, prefills)
-            attention = max(attention, seconds)
+            sampled += [chunk[3] for chunk in chunks].count(True)
+            decodes, prefills = _split(chunks)
+            read = sum([chunk[1] for chunk in decodes]) + len(decodes)
+            attention = max(attention, self._attention(tokens, read, prefills))
         running = self.scheduler.num_running / self.candidate.pool_size
         self.result.peak_running = max(self.result.peak_running, running)
         self.result.planned += 1
         self._pass(self._seconds(tokens, attention), 1, sampled)
+
+    def _attention(self, tokens: int, read: int, prefills: Seq[Chunk], later: int = 0) -> float:
+        """Seconds of one layer's attention, the prefills so many steps of their length further."""
+        products = [
+            (n * (start + later * n) + n * (n + 1) // 2, start + later * n + n)
+            for _, start, n, _ in prefills
+        ]
+        return attention_seconds(self.setting, self.candidate, tokens, read, products)
 
     def _seconds(self, tokens: int, attention: float) -> float:
         mode = self._decision.mode
@@ -179,38 +187,46 @@ class PoolSimulator:
         self._produced.append((result.seconds, self._produced[-1][1] + sampled))
 
     def _repeat(self, plan: StepPlan) -> None:
-        """Takes the steps in one go that would be ``plan`` again, each a token further on.
+        """Takes the steps in one go that would be ``plan`` again, each a step further on.
 
-        That is so while all sequences decode, none ends, none needs a page that is not there, and
-        the first of the queue cannot be admitted: since the last plan neither admitted nor
-        preempted anyone and pages only get fewer, it cannot be until a sequence ends.
+        That is so while who decodes goes on decoding, who prefills has more than its chunk to go,
+        none ends, none needs a page that is not there, and the first of the queue cannot be
+        admitted: since the last plan neither admitted nor preempted anyone, budgets stay what they
+        are and pages only get fewer, it cannot be until a sequence ends or has prefilled.
         """
-        chunks = [chunk for chunks in plan.replicas for chunk in chunks]
-        if len(chunks) != self.scheduler.num_running or not all(
-            chunk.length == 1 and chunk.samples for chunk in chunks
-        ):
-            return
-        count = min(
-            c.sequence.max_tokens - len(c.sequence.output) - c.sequence.num_pending for c in chunks
-        )
-        for replica in self.scheduler.replicas:
-            count = min(count, self._steps_of_pages(replica, count))
+        parts = [_split(chunks) for chunks in plan.replicas]
+        count = None
+        for _, prefills in parts:
+            for sequence, _, length, samples in prefills:
+                if samples:
+                    return
+                left = (sequence.num_remaining - 1) // length
+                count = left if count is None else min(count, left)
+        for decodes, _ in parts:
+            if count == 0 or not all([chunk[3] for chunk in decodes]):
+                return
+            if decodes:
+                left = min([s.max_tokens - len(s.output) - s.num_pending for s, *_ in decodes])
+                count = left if count is None else min(count, left)
+        for replica, (decodes, _) in zip(self.scheduler.replicas, parts, strict=True):
+            count = min(count, self._steps_of_pages(replica.allocator, decodes, count))
         if count < 1:
             return
-        page_size = self.setting.page_size
-        for replica in self.scheduler.replicas:
-            for sequence in replica.running:
+        for replica, (decodes, prefills) in zip(self.scheduler.replicas, parts, strict=True):
+            for sequence, *_ in decodes:
                 sequence.num_computed += count
                 sequence.output.extend([0] * count)
-                needed = -(-sequence.num_computed // page_size) - len(sequence.pages)
+                needed = -(-sequence.num_computed // self.setting.page_size) - len(sequence.pages)
                 if needed > 0:
                     sequence.pages.extend(replica.allocator.allocate(needed))
-        self._pass_repeated(plan, count, len(chunks))
+            for sequence, _, length, _ in prefills:
+                sequence.num_computed += count * length
+        self._pass_repeated(bucket(self.candidate, plan.max_tokens), parts, count)
 
-    def _steps_of_pages(self, replica, most: int) -> int:
+    def _steps_of_pages(self, allocator: PageAllocator, decodes: list[Chunk], most: int) -> int:
         """Of ``most`` steps, how many a replica's free pages suffice for."""
-        page_size, free = self.setting.page_size, replica.allocator.num_free
-        room = np.array([len(s.pages) * page_size - s.num_computed for s in replica.running])
+        page_size, free = self.setting.page_size, allocator.num_free
+        room = np.array([len(s.pages) * page_size - s.num_computed for s, *_ in decodes])
 
         def needed(steps: int) -> int:
             return int(np.maximum(-(-(steps - room) // page_size), 0).sum())
@@ -223,22 +239,26 @@ class PoolSimulator:
             low, high = (middle, high) if needed(middle) <= free else (low, middle)
         return low
 
-    def _pass_repeated(self, plan: StepPlan, count: int, sampled: int) -> None:
-        """Lets ``count`` steps pass, in which every context of ``plan`` grows by one a step."""
-        tokens = bucket(self.candidate, plan.max_tokens)
+    def _pass_repeated(
+        self, tokens: int, parts: list[tuple[list[Chunk], list[Chunk]]], count: int
+    ) -> None:
+        """Lets ``count`` steps pass, in each of which every context is a step longer."""
         steps = np.arange(1, count + 1)
-        reads = [
-            sum(chunk.start + 1 for chunk in chunks) + len(chunks) * steps
-            for chunks in plan.replicas
-        ]
-        longest = np.max(reads, axis=0)
-        # A step's time is linear in its attention, and attention in what it reads: few points do.
-        points = np.unique(np.linspace(longest[0], longest[-1], _POINTS).astype(int))
-        seconds = [
-            self._seconds(tokens, attention_seconds(self.setting, self.candidate, tokens, end, []))
-            for end in points.tolist()
-        ]
-        total = float(np.interp(longest, points, seconds).sum())
+        least = self._attention(tokens, 0, [])
+        per_token = (self._attention(tokens, _MANY, []) - least) / _MANY
+        attention = np.zeros(count)
+        for decodes, prefills in parts:
+            read = sum([chunk[1] for chunk in decodes]) + len(decodes) * (1 + steps)
+            seconds = least + per_token * read
+            if prefills:
+                added = [self._attention(tokens, 0, prefills, later) for later in steps.tolist()]
+                seconds += np.array(added) - least
+            attention = np.maximum(attention, seconds)
+        # A step's time is linear in its attention, so few points do.
+        points = np.unique(np.linspace(attention.min(), attention.max(), _POINTS))
+        seconds = [self._seconds(tokens, point) for point in points.tolist()]
+        sampled = sum(len(decodes) for decodes, _ in parts)
+        total = float(np.interp(attention, points, seconds).sum())
         self._pass(total, count, count * sampled)
 
     def _steady(self) -> float:
@@ -246,6 +266,14 @@ class PoolSimulator:
         seconds, tokens = np.array(self._produced).T
         lower, upper = (np.interp(share * tokens[-1], tokens, seconds) for share in (0.25, 0.75))
         return 0.5 * tokens[-1] / (upper - lower)
+
+
+def _split(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+    """A replica's chunks of one token, which come first, and the others."""
+    end = len(chunks)
+    while end and chunks[end - 1][2] > 1:
+        end -= 1
+    return chunks[:end], chunks[end:]
 
 
 def simulate(
