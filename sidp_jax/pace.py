@@ -107,6 +107,8 @@ def seconds_left(costs: StepCosts, work: Work, size: int) -> float:
         left = most
         for age in reversed(range(STRIDES)):
             queue = stopped[age] + (waiting if age == 0 else 0)
+            if not queue:
+                continue
             free = work.kv_tokens - _tokens(running, held[1:])
             room = min(work.slots - sum(running), free / held[age + 1])
             # Each sequence that starts takes a token of every further step's budget.

@@ -8,6 +8,7 @@ pools of a node work on equal shares of the job, so one stands for all of them.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -31,9 +32,61 @@ from sidp_jax.settle import step_costs
 
 _POINTS = 9
 _MANY = 1 << 20
+_EVEN = 16
+"""Requests in a row of a random job that are spread evenly over the range of lengths."""
 
 Lengths = Seq[tuple[int, int]]
 """Prompt and output tokens of each request."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Random requests about a mean.
+
+    Attributes:
+        prompt: Mean tokens of a prompt.
+        output: Mean tokens of an output.
+        requests: How many.
+        prompt_spread: Prompts are uniform within this share of their mean.
+        output_spread: The same of outputs.
+        seed: Another one gives other requests.
+    """
+
+    prompt: int
+    output: int
+    requests: int
+    prompt_spread: float
+    output_spread: float
+    seed: str
+
+    @property
+    def longest(self) -> int:
+        """Tokens that no request exceeds."""
+        reach = int(self.prompt * self.prompt_spread) + int(self.output * self.output_spread)
+        return self.prompt + self.output + reach
+
+    def share(self, pools: int) -> list[tuple[int, int]]:
+        """The requests of one of so many pools, in random order.
+
+        Among any few requests in a row, prompts and outputs are spread evenly over their ranges. So
+        a share of few requests means as much work as any other, and so does every part of it: what
+        is compared are configurations, not their luck.
+        """
+        rng = random.Random(f"{self.seed},{pools}")
+        count = -(-self.requests // pools)
+
+        def drawn(mean: int, spread: float) -> list[int]:
+            low, high = mean - int(mean * spread), mean + int(mean * spread)
+            places: list[float] = []
+            while len(places) < count:
+                size = min(_EVEN, count - len(places))
+                block = [(index + rng.random()) / size for index in range(size)]
+                rng.shuffle(block)
+                places += block
+            return [low + int(place * (high + 1 - low)) for place in places]
+
+        prompts = drawn(self.prompt, self.prompt_spread)
+        return list(zip(prompts, drawn(self.output, self.output_spread), strict=True))
 
 
 @dataclass
@@ -82,6 +135,7 @@ class PoolSimulator:
         skip: Whether runs of steps in which the same sequences decode and prefill, and nobody is
             admitted or ends, are taken in one go. The result is the same; without it every step is
             planned.
+        spread: Whether prefill is spread over steps of the best size, as ``prefill: spread`` says.
     """
 
     def __init__(
@@ -92,8 +146,10 @@ class PoolSimulator:
         lengths: Lengths,
         *,
         skip: bool = True,
+        spread: bool = True,
     ):
         self.setting, self.candidate, self.skip = setting, candidate, skip
+        self.lengths = lengths
         self.policy = policy_of(setting, candidate)
         self.result = Simulated(requests=len(lengths))
         self._decision = PolicyState()
@@ -106,7 +162,7 @@ class PoolSimulator:
                 setting.max_model_len,
                 setting.page_size,
                 num_kv_pages,
-                step_costs(self.policy, buckets(candidate)),
+                step_costs(self.policy, buckets(candidate)) if spread else None,
             )
         )
         prompts: dict[int, list[int]] = {}
@@ -145,7 +201,11 @@ class PoolSimulator:
             for sequence, _, _, samples in chunks:
                 if not samples:
                     continue
-                record(sequence, 0)
+                if sequence.slot is None:
+                    record(sequence, 0)
+                else:  # what that does for a running sequence
+                    sequence.num_pending -= 1
+                    sequence.output.append(0)
                 if len(sequence.output) >= sequence.max_tokens:
                     self.scheduler.finish(sequence, "length")
                     ended += 1
@@ -203,7 +263,7 @@ class PoolSimulator:
                 left = (sequence.num_remaining - 1) // length
                 count = left if count is None else min(count, left)
         for decodes, _ in parts:
-            if count == 0 or not all([chunk[3] for chunk in decodes]):
+            if count == 0 or not all(chunk[3] for chunk in decodes):
                 return
             if decodes:
                 left = min([s.max_tokens - len(s.output) - s.num_pending for s, *_ in decodes])
@@ -265,7 +325,7 @@ class PoolSimulator:
         """Output tokens per second of this pool between a quarter and three quarters of them."""
         seconds, tokens = np.array(self._produced).T
         lower, upper = (np.interp(share * tokens[-1], tokens, seconds) for share in (0.25, 0.75))
-        return 0.5 * tokens[-1] / (upper - lower)
+        return float(0.5 * tokens[-1] / (upper - lower))
 
 
 def _split(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
@@ -280,9 +340,10 @@ def simulate(
     setting: Setting,
     candidate: Candidate,
     num_kv_pages: int,
-    lengths: Lengths,
+    job: Lengths | Job,
     *,
     skip: bool = True,
+    spread: bool = True,
 ) -> Simulated:
     """Replays a job on all pools of a node.
 
@@ -290,14 +351,20 @@ def simulate(
         setting: Model and hardware.
         candidate: The configuration.
         num_kv_pages: Pages of one replica.
-        lengths: Requests of the job; each pool gets an equal share, and the first the largest.
+        job: Its requests; each pool gets an equal share, and the first the largest.
         skip: See ``PoolSimulator``.
+        spread: See ``PoolSimulator``.
     """
-    share = lengths[:: candidate.pools]
-    result = PoolSimulator(setting, candidate, num_kv_pages, share, skip=skip).run()
-    scale = candidate.pools
-    result.requests = len(lengths)
-    result.prompt_tokens = sum(prompt for prompt, _ in lengths)
-    result.output_tokens = sum(output for _, output in lengths)
-    result.steady_output_tokens_per_second *= scale
+    pools = candidate.pools
+    share = job.share(pools) if isinstance(job, Job) else job[::pools]
+    result = PoolSimulator(setting, candidate, num_kv_pages, share, skip=skip, spread=spread).run()
+    result.steady_output_tokens_per_second *= pools
+    if isinstance(job, Job):
+        result.requests *= pools
+        result.prompt_tokens *= pools
+        result.output_tokens *= pools
+    else:
+        result.requests = len(job)
+        result.prompt_tokens = sum(prompt for prompt, _ in job)
+        result.output_tokens = sum(output for _, output in job)
     return result
