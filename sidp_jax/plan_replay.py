@@ -39,11 +39,12 @@ WORK = 1 << 20
 _PLANNED_STEPS = 8
 """Steps that are planned one by one for each sequence that ends; those between are skipped."""
 
-SPREAD = 0.5
-"""Prompts and outputs of the replayed job are uniform within this share of their means, if the
-longest of them is not longer than ``max_model_len``."""
+PROMPT_SPREAD, OUTPUT_SPREAD = 0.5, 0.75
+"""Prompts and outputs of the replayed job are uniform within these shares of their means, as far as
+``max_model_len`` has room. The more outputs vary the worse does what is short of cache, as those in
+the cache are the longer ones: what is best may hang on it."""
 
-FEWEST = 32
+FEWEST = 128
 """Requests that every pool gets at least, unless it is known that there are fewer."""
 
 
@@ -142,10 +143,12 @@ def _job(setting: Setting, options: Sequence[Option], workload: Workload) -> Job
     count, known = rounds(options, workload.output), workload.requests
     if 0 < known < count:
         count = known
-    lengths = workload.prompt, workload.output
-    room = setting.max_model_len - sum(lengths)
-    spread = min(SPREAD, room / sum(lengths))
-    return Job(*lengths, count, spread, spread, "plan")
+    prompt, output, limit = workload.prompt, workload.output, setting.max_model_len
+    spreads = (
+        min(PROMPT_SPREAD, (limit - output) / prompt - 1),
+        min(OUTPUT_SPREAD, (limit - prompt) / output - 1),
+    )
+    return Job(prompt, output, count, *spreads, "plan", limit)
 
 
 def choose(replays: Sequence[Replay], workload: Workload) -> Choice:

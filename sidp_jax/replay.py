@@ -32,6 +32,7 @@ from sidp_jax.settle import step_costs
 
 _POINTS = 9
 _MANY = 1 << 20
+_ENDS = np.linspace(-0.15, 0.15, 61)
 _EVEN = 16
 """Requests in a row of a random job that are spread evenly over the range of lengths."""
 
@@ -50,6 +51,7 @@ class Job:
         prompt_spread: Prompts are uniform within this share of their mean.
         output_spread: The same of outputs.
         seed: Another one gives other requests.
+        limit: Most tokens of a request; longer outputs end there. None is no limit.
     """
 
     prompt: int
@@ -58,12 +60,14 @@ class Job:
     prompt_spread: float
     output_spread: float
     seed: str
+    limit: int | None = None
 
     @property
     def longest(self) -> int:
         """Tokens that no request exceeds."""
         reach = int(self.prompt * self.prompt_spread) + int(self.output * self.output_spread)
-        return self.prompt + self.output + reach
+        longest = self.prompt + self.output + reach
+        return longest if self.limit is None else min(longest, self.limit)
 
     def share(self, pools: int) -> list[tuple[int, int]]:
         """The requests of one of so many pools, in random order.
@@ -83,10 +87,12 @@ class Job:
                 block = [(index + rng.random()) / size for index in range(size)]
                 rng.shuffle(block)
                 places += block
-            return [low + int(place * (high + 1 - low)) for place in places]
+            return [max(1, low + int(place * (high + 1 - low))) for place in places]
 
         prompts = drawn(self.prompt, self.prompt_spread)
-        return list(zip(prompts, drawn(self.output, self.output_spread), strict=True))
+        outputs = drawn(self.output, self.output_spread)
+        longest = self.longest
+        return [(p, min(o, longest - p)) for p, o in zip(prompts, outputs, strict=True)]
 
 
 @dataclass
@@ -322,9 +328,16 @@ class PoolSimulator:
         self._pass(total, count, count * sampled)
 
     def _steady(self) -> float:
-        """Output tokens per second of this pool between a quarter and three quarters of them."""
+        """Output tokens per second of this pool between a quarter and three quarters of them.
+
+        Either end is averaged over its neighbourhood: a few long outputs there would count as
+        speed where most of the time goes into prompts.
+        """
         seconds, tokens = np.array(self._produced).T
-        lower, upper = (np.interp(share * tokens[-1], tokens, seconds) for share in (0.25, 0.75))
+        lower, upper = (
+            np.interp((share + _ENDS) * tokens[-1], tokens, seconds).mean()
+            for share in (0.25, 0.75)
+        )
         return float(0.5 * tokens[-1] / (upper - lower))
 
 

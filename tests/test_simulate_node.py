@@ -70,6 +70,15 @@ def test_long_decodes_are_planned_in_few_steps():
     assert sum(job.steps.values()) > 1999
     assert job.planned < 40
     assert job.output_tokens == 8000
+    assert job.steady_output_tokens_per_second == pytest.approx(
+        job.output_tokens_per_second, rel=0.02
+    )
+
+
+def test_prefill_is_spread_as_configured():
+    for spread in (True, False):
+        simulator = PoolSimulator(setting(), candidate(), 200, [], spread=spread)
+        assert (simulator.scheduler.config.step_costs is not None) == spread
 
 
 def test_long_prefills_are_planned_in_few_steps():
@@ -145,12 +154,16 @@ def test_shares_of_a_job_are_alike_and_reach_all_lengths():
         prompts, outputs = zip(*share, strict=True)
         assert 75 <= min(prompts) < 80
         assert 120 < max(prompts) <= 125
-        assert sum(prompts) / len(share) == pytest.approx(100, rel=0.02)
-        assert sum(outputs) / len(share) == pytest.approx(40, rel=0.05)
+        for part in range(0, len(share) - 15, 16):
+            assert sum(prompts[part : part + 16]) / 16 == pytest.approx(100, rel=0.02)
+            assert sum(outputs[part : part + 16]) / 16 == pytest.approx(40, rel=0.05)
         assert prompts != tuple(sorted(prompts))
         assert max(map(sum, share)) <= job.longest
     assert job.share(3) == shares[1]
     assert Job(100, 40, 120, 0.25, 0.75, "b").share(3) != shares[1]
+    limited = Job(100, 40, 120, 0.25, 0.75, "a", limit=150)
+    assert limited.share(3) == [(p, min(o, 150 - p)) for p, o in shares[1]]
+    assert {o for _, o in Job(100, 1, 64, 0.0, 1.0, "a").share(1)} == {1, 2}
 
 
 def test_auto_is_what_the_plan_recommends():
