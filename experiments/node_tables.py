@@ -84,7 +84,7 @@ def _names(node: Node) -> list[str]:
     return sorted(names, key=["plain DP", *(f"DP x TP{n}" for n in (2, 4, 8)), *_POOLS].index)
 
 
-_POOLS = ("was", "cas", "pooled", "auto")
+_POOLS = ("was", "cas", "pooled", "auto", "auto_job")
 
 
 def _shape(row: dict[str, Any]) -> str:
@@ -108,7 +108,7 @@ def summary(report: dict[str, Any]) -> str:
         )
 
     lines = [spread(key) for key in _RATIOS]
-    lines.append(spread("auto_over_best_plain_whole") + " (whole jobs)")
+    lines.append(spread("auto_job_over_best_plain_whole") + " (whole jobs)")
     return "\n".join(["All workloads, simulated:", *lines])
 
 

@@ -3,41 +3,53 @@ r"""Simulate jobs on a node of eight GPUs that is not there: is pooling worth it
     python experiments/simulate_node.py --model experiments/shapes/qwen2.5_72b --hardware h200 \
         --case 3000,1024,256 --case 2000,512-2048,100-900 --case @lens.json
     python experiments/simulate_node.py --grid --out experiments/results/simulated_node.json
-    python experiments/simulate_node.py --figures docs/figures --out ...   # from that file
+    python experiments/simulate_node.py --out ... --figures docs/figures --docs docs/multi_gpu.md
     python experiments/simulate_node.py --validate experiments/results/offline.json
 
-Each job is replayed by the real scheduler, page allocator and policy (``node_simulator``) for
-plain data parallelism, every DP x TP, WaS alone, CaS alone and ``auto``, each in the configuration
-that the plan estimates to be best for the job's mean lengths. ``auto`` is what the plan recommends,
-which may be not to pool. ``--validate`` compares with whole jobs measured by ``bench_offline.py``.
-Every figure is simulated, from a hardware profile; the profile says what of it was measured.
+Each job is replayed by the real scheduler, page allocator and policy (``sidp_jax.replay``) for
+plain data parallelism, every DP x TP, WaS alone, CaS alone and both, each in the configuration that
+the plan estimates to be best for the job's mean lengths. ``auto`` is what the plan recommends for a
+long job of such lengths, ``auto_job`` for one of as many requests; it may be not to pool. Where
+configurations come close the plan replays a job of its own. The jobs of the grid are others: of the
+same means, but their prompts vary less, their outputs more, and the random numbers are different.
+``--validate`` compares with whole jobs measured by ``bench_offline.py``. Every figure is simulated,
+from a hardware profile; the profile says what of it was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import random
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from node_simulator import Lengths, Simulated, simulate
+from node_docs import write_tables
 from node_tables import draw_figures, print_tables
 
 from sidp_jax.config import EngineConfig, load_config
 from sidp_jax.estimate import Candidate, Setting, Workload, memory
 from sidp_jax.hardware import as_values, load_profile, profile_for
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
-from sidp_jax.plan import WORTHWHILE
-from sidp_jax.plan_search import Option, best, plain_candidates, pooled_candidates, tensor_sizes
+from sidp_jax.modes.policy import REPLICATED, WAS
+from sidp_jax.plan_replay import MOST_ROUNDS, ROUNDS, choose, replay_close, rounds
+from sidp_jax.plan_search import (
+    Option,
+    plain_options,
+    pooled_modes,
+    pooled_options,
+    tensor_sizes,
+)
+from sidp_jax.replay import Job, Lengths, Simulated, simulate
 from sidp_jax.settle import DTYPE_BYTES, longest_sequence, make_policy
 
 GPUS, PAGE_SIZE, UTILIZATION = 8, 64, 0.92
@@ -46,28 +58,22 @@ MODELS = ("qwen3_32b", "qwen2.5_72b", "llama3.1_70b")
 WORKLOADS = (
     (2048, 1024),
     (32768, 1024),
-    (128, 16384),
+    (128, 32768),
     (32768, 64),
     (2048, 64),
-    (32768, 16384),
+    (32768, 32768),
     (128, 1024),
-    (2048, 16384),
+    (2048, 32768),
     (128, 64),
 )
 """Prompt and output tokens of the grid, those first that differ most."""
 
-ROUNDS = 2
-"""Requests of a simulated job, as a multiple of the sequences that run at a time."""
-
-MOST_REQUESTS = 4000
-"""Where the rounds would be more requests than that, there is only one."""
-
-PROMISING = 0.85
+PROMISING = 0.8
 """A plain configuration whose estimate is below this share of the best one's is not simulated,
-unless it is plain data parallelism or has as large replicas as a pool."""
+unless it is plain data parallelism or has as large replicas as a pool. The plan replays fewer."""
 
-SPREAD = 0.5
-"""Outputs of a simulated job are uniform within this share of their mean."""
+PROMPT_SPREAD, OUTPUT_SPREAD = 0.25, 0.75
+"""Prompts and outputs of a simulated job are uniform within these shares of their means."""
 
 DECODE_LENGTHS = (16, 80)
 """Prompt and output of each request in the cases of ``bench_offline.py --decode``."""
@@ -117,61 +123,86 @@ def make_setting(model: ModelConfig, hardware: str, longest: int) -> Setting:
     return Setting(model, load_profile(hardware), 2, PAGE_SIZE, length, UTILIZATION)
 
 
-def choose(setting: Setting, workload: Workload) -> dict[str, Option]:
-    """The configurations to compare, by name; what fits in no form, or is far behind, is left out.
+@dataclass(frozen=True)
+class Found:
+    """The best configurations for a workload by estimate, each kind by devices per replica."""
 
-    ``plain DP`` and ``DP x TPn`` are plain, ``was``, ``cas`` and ``pooled`` (both) are pools, and
-    ``auto`` is the best of the pools or of the plain ones, as the plan would recommend.
-    """
-    model = setting.model
-    cas = (CAS, CAS_STAGGERED) if setting.hardware.indexed_matmul_ratio else (CAS,)
-    found = {
-        "plain DP" if size == 1 else f"DP x TP{size}": best(
-            setting, plain_candidates(model, GPUS, size), workload
+    plain: dict[int, Option]
+    pools: dict[int, Option]
+    was: Option | None
+    cas: Option | None
+
+    @classmethod
+    def search(cls, setting: Setting, workload: Workload) -> Found:
+        """Searches them all."""
+        plain = plain_options(setting, GPUS, workload)
+        modes = pooled_modes(setting)
+        cas = tuple(mode for mode in modes if mode != WAS)
+        pools, was, cas = (
+            pooled_options(setting, GPUS, allowed, workload) for allowed in (modes, (WAS,), cas)
         )
-        for size in tensor_sizes(model, GPUS)
-    }
-    plain = [option for option in found.values() if option is not None]
-    for name, modes in (("was", (WAS,)), ("cas", cas), ("pooled", (WAS, *cas))):
-        found[name] = best(setting, pooled_candidates(model, GPUS, modes), workload)
-    fastest = max(plain, key=_rate, default=None)
-    pool = fastest is None or _rate(found["pooled"]) > WORTHWHILE * _rate(fastest)
-    found["auto"] = found["pooled"] if pool else fastest
-    least = PROMISING * _rate(fastest)
-    sizes = {1} | {o.candidate.tensor_size for n, o in found.items() if o and not _is_plain(n)}
-    return {
-        name: option
-        for name, option in found.items()
-        if option is not None
-        and (not _is_plain(name) or _rate(option) >= least or option.candidate.tensor_size in sizes)
-    }
+        return cls(
+            {size: option for size, option in plain.items() if option is not None},
+            pools,
+            max(was.values(), key=_rate, default=None),
+            max(cas.values(), key=_rate, default=None),
+        )
+
+    def named(self) -> dict[str, Option]:
+        """The configurations to compare; plain ones that are far behind are left out.
+
+        ``plain DP`` and ``DP x TPn`` are plain, ``was``, ``cas`` and ``pooled`` (both) are pools.
+        """
+        pooled = max(self.pools.values(), key=_rate, default=None)
+        pools = {"was": self.was, "cas": self.cas, "pooled": pooled}
+        pools = {name: option for name, option in pools.items() if option is not None}
+        least = PROMISING * max(map(_rate, self.plain.values()), default=0.0)
+        sizes = {1} | {option.candidate.tensor_size for option in pools.values()}
+        plain = {
+            "plain DP" if size == 1 else f"DP x TP{size}": option
+            for size, option in self.plain.items()
+            if size in sizes or option.rate >= least
+        }
+        return plain | pools
+
+    def recommended(self, setting: Setting, workload: Workload) -> Option | None:
+        """What the plan recommends."""
+        options = [*self.plain.values(), *self.pools.values()]
+        best = choose(replay_close(setting, options, workload), workload).best
+        return None if best is None else best.option
 
 
-def _rate(option: Option | None) -> float:
-    return 0.0 if option is None else option.speed.output_tokens_per_second
+def _rate(option: Option) -> float:
+    return option.rate
 
 
 def compare(setting: Setting, lengths: Lengths) -> dict[str, Any]:
     """Simulates a job in every configuration."""
     workload = mean_workload(lengths)
-    return _simulate_all(setting, choose(setting, workload), workload, lengths)
+    found = Found.search(setting, workload)
+    return _simulate_all(setting, found, workload, lengths, len(lengths))
 
 
 def _simulate_all(
-    setting: Setting, options: dict[str, Option], workload: Workload, lengths: Lengths
+    setting: Setting, found: Found, workload: Workload, job: Lengths | Job, requests: int
 ) -> dict[str, Any]:
+    options = found.named()
+    for name, known in (("auto", 0), ("auto_job", requests)):
+        option = found.recommended(setting, replace(workload, requests=known))
+        if option is not None:
+            options[name] = option
     done: dict[Candidate, Simulated] = {}
     results = {}
     for name, option in options.items():
         candidate = option.candidate
         if candidate not in done:
             pages = option.held.kv_tokens // setting.page_size
-            done[candidate] = simulate(setting, candidate, pages, lengths)
+            done[candidate] = simulate(setting, candidate, pages, job)
         results[name] = _row(option, done[candidate])
     return {
         "prompt": workload.prompt,
         "output": workload.output,
-        "requests": len(lengths),
+        "requests": requests,
         "configurations": results,
         **_ratios(results),
     }
@@ -205,7 +236,7 @@ def _ratios(results: dict[str, Any]) -> dict[str, float | str | None]:
     for label, key in (("", "output_tokens_per_s"), ("_whole", "whole_job_output_tokens_per_s")):
         rates = {name: row[key] for name, row in plain.items()}
         fastest = max(rates, key=rates.get, default=None)
-        for ours in ("auto", "pooled", "was", "cas"):
+        for ours in ("auto", "auto_job", "pooled", "was", "cas"):
             rate = results[ours][key] if ours in results else None
             same = _same_tp(results, ours, rates)
             for other, value in (
@@ -230,13 +261,10 @@ def _same_tp(results: dict[str, Any], ours: str, rates: dict[str, float]) -> flo
     return rates.get("plain DP" if size == 1 else f"DP x TP{size}")
 
 
-def grid_lengths(options: dict[str, Option], prompt: int, output: int) -> Lengths:
+def grid_job(options: Sequence[Option], prompt: int, output: int) -> Job:
     """A job long enough to show a steady state: some rounds of what runs at a time."""
-    running = max(o.candidate.num_replicas * o.speed.running for o in options.values())
-    rng = random.Random(prompt * output)
-    low, high = int(output * (1 - SPREAD)), int(output * (1 + SPREAD))
-    count = min(ROUNDS * running, max(MOST_REQUESTS, running))
-    return [(prompt, rng.randint(low, high)) for _ in range(count)]
+    count = rounds(options, output) if options else 0
+    return Job(prompt, output, count, PROMPT_SPREAD, OUTPUT_SPREAD, "grid")
 
 
 def run_grid(
@@ -244,29 +272,33 @@ def run_grid(
 ) -> Iterator[None]:
     """Simulates every workload on every node; the report grows by one at each turn.
 
-    What the report already has is left as it is.
+    What the report already has is left as it is, unless the profile has changed since.
     """
     shapes = {shape: ModelConfig.from_pretrained(_SHAPES / shape) for shape in models}
+    profiles = json.loads(json.dumps({name: as_values(load_profile(name)) for name in hardware}))
     for name, shape in product(hardware, models):
-        node = report["nodes"].setdefault(f"{GPUS} x {name}, {shape}", {"workloads": []})
+        where = f"{GPUS} x {name}, {shape}"
+        if report["profiles"].get(name) != profiles[name]:
+            report["nodes"].pop(where, None)
+        node = report["nodes"].setdefault(where, {"workloads": []})
         node["kv_capacity"] = kv_capacity(shapes[shape], name)
+    report["profiles"] |= profiles
     for (prompt, output), name, shape in product(WORKLOADS, hardware, models):
         node = report["nodes"][f"{GPUS} x {name}, {shape}"]
         if any((w["prompt"], w["output"]) == (prompt, output) for w in node["workloads"]):
             continue
         workload = Workload(prompt, output)
-        setting = make_setting(shapes[shape], name, prompt + int(output * (1 + SPREAD)))
-        options = choose(setting, workload)
-        lengths = grid_lengths(options, prompt, output)
-        node["workloads"].append(_simulate_all(setting, options, workload, lengths))
+        setting = make_setting(shapes[shape], name, grid_job([], prompt, output).longest)
+        found = Found.search(setting, workload)
+        job = grid_job([*found.named().values()], prompt, output)
+        node["workloads"].append(_simulate_all(setting, found, workload, job, job.requests))
         yield
 
 
 def kv_capacity(model: ModelConfig, hardware: str) -> list[dict[str, Any]]:
     """KV tokens per GPU of plain replicas and of a pool of all of them, by tensor parallel size."""
     setting = make_setting(model, hardware, 2 * PAGE_SIZE)
-    staggered = setting.hardware.indexed_matmul_ratio
-    modes = (WAS, CAS, CAS_STAGGERED) if staggered else (WAS, CAS)
+    modes = pooled_modes(setting)
     rows = []
     for size in tensor_sizes(model, GPUS):
         replicas = GPUS // size
@@ -311,9 +343,10 @@ def validate(path: Path) -> list[dict[str, Any]]:
         config.max_num_batched_tokens,
     )
     pages = report["kv_tokens"] // config.pool_size // config.page_size
+    spread = config.prefill == "spread"
     rows = []
     for name, measured in report["cases"].items():
-        job = simulate(setting, candidate, pages, _measured_job(name))
+        job = simulate(setting, candidate, pages, _measured_job(name), spread=spread)
         rows.append(
             {
                 "case": name,
@@ -364,17 +397,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", action="store_true", help="every workload, GPU and model")
     parser.add_argument("--out", type=Path, help="JSON; an interrupted grid goes on from it")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="PNGs of --out; extra plot")
+    parser.add_argument("--docs", type=Path, help="document whose tables --out fills")
     parser.add_argument("--validate", type=Path, metavar="REPORT.json")
     arguments = parser.parse_args(argv)
     if arguments.validate:
         _print_validation(arguments.validate, arguments.out)
     elif arguments.grid:
+        gc.disable()  # millions of small tuples and no cycles: looking for those takes a fifth
         report = _new_report()
         if arguments.out.is_file():
-            report = json.loads(arguments.out.read_text()) | {"date": report["date"]}
+            report |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in _KEPT}
         names, models = arguments.hardware or HARDWARE, arguments.models or MODELS
         for _ in run_grid(names, models, report):
-            report["profiles"] = {name: as_values(load_profile(name)) for name in names}
             _write(arguments.out, report)
         print_tables(report)
     elif arguments.case:
@@ -393,6 +427,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             _write(arguments.out, report)
     if arguments.figures:
         draw_figures(json.loads(arguments.out.read_text()), arguments.figures)
+    if arguments.docs:
+        write_tables(arguments.docs, json.loads(arguments.out.read_text()), layer_setting())
+
+
+_KEPT = ("profiles", "nodes")
+"""What a grid that goes on takes from the file."""
+
+
+def layer_setting() -> Setting:
+    """The model and the hardware of the document's table of one layer."""
+    model = ModelConfig.from_pretrained(_SHAPES / "qwen2.5_72b")
+    return make_setting(model, "h200", 2 * PAGE_SIZE)
 
 
 def _new_report() -> dict[str, Any]:
@@ -403,11 +449,15 @@ def _new_report() -> dict[str, Any]:
         "notes": [
             f"{GPUS} GPUs, bf16, pages of {PAGE_SIZE}, {UTILIZATION} of memory.",
             "Every configuration is the one that the plan estimates to be best for the workload.",
+            "auto and auto_job: what the plan recommends for a long job of the mean lengths, and "
+            "for one of as many requests; in close calls it replays jobs of its own, of other "
+            "lengths.",
             f"DP x TP that is estimated below {PROMISING} of the best plain one is left out, "
             "unless a pool has as large replicas.",
-            f"Grid: requests are {ROUNDS} times the most sequences that any of them runs at a time "
-            f"(once, where that is over {MOST_REQUESTS:,}); outputs are uniform within "
-            f"{SPREAD:.0%} of their mean.",
+            f"Grid: requests are {ROUNDS} to {MOST_ROUNDS} times the most sequences that any "
+            f"configuration runs at a time; prompts are uniform within {PROMPT_SPREAD:.0%} of "
+            f"their mean, outputs within {OUTPUT_SPREAD:.0%}, and evenly spread among any few in a "
+            "row.",
             "output_tokens_per_s: from a quarter to three quarters of the output, without ramp and "
             "tail; whole_job_... are with them.",
             "Where prompt and output are longer than the model's own positions, its shapes are "

@@ -57,7 +57,7 @@ FORMULA = (
     "head = dense part of the vocabulary for all rows + exchange of activations and logits",
     "  + 4 passes over the logits",
     "output tokens/s = replicas x d / mean time of a step",
-    "not counted: the host, preemption, ramp and tail of a job",
+    "not counted: the host; nor, but in a replay, preemption, ramp and tail of a job",
 )
 """The throughput estimate in words, as it is printed below the tables."""
 
@@ -295,12 +295,18 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of a job: mean tokens of their prompts and outputs."""
+    """Requests of a job: mean tokens of their prompts and outputs, and their number if known.
+
+    The estimates are of a steady state, whatever the number; 0 is not known.
+    """
 
     prompt: int
     output: int
+    requests: int = 0
 
     def __post_init__(self) -> None:
+        if self.requests < 0:
+            raise ValueError(f"workload: requests={self.requests} must be at least 0")
         if self.prompt < 1 or self.output < 1:
             raise ValueError(
                 f"workload={self.prompt},{self.output} must be two counts of tokens of at least 1, "

@@ -132,7 +132,9 @@ class Hardware:
         """Seconds of the dense part of a layer: the roofline, times what was measured above it.
 
         The ratio of measured time to roofline is taken at as many tokens, of the measured layers
-        next in size.
+        next in size. Beyond the last point of a layer its ratio goes over to that of the measured
+        layer next in size that has points there: what is above the roofline in small steps gets
+        less in large ones, and the last ratio would be kept for all of them.
         """
         roofline = self.roofline_seconds(tokens, weight_bytes, flops_per_token)
         if not self._slowdowns:
@@ -169,7 +171,7 @@ class Hardware:
     @cached_property
     def _slowdowns(self) -> tuple[tuple[float, Curve], ...]:
         """Measured time over roofline by tokens, for each measured layer by its bytes."""
-        return tuple(
+        curves = [
             (
                 times.weight_bytes,
                 tuple(
@@ -178,7 +180,16 @@ class Hardware:
                 ),
             )
             for times in self.layer_ms
-        )
+        ]
+        return tuple((size, curve + _beyond(size, curve, curves)) for size, curve in curves)
+
+
+def _beyond(size: float, curve: Curve, curves: list[tuple[float, Curve]]) -> Curve:
+    """Points beyond a curve's last, of the curve next in size that has such points."""
+    last = curve[-1][0]
+    further = [(abs(log(other / size)), points) for other, points in curves if points[-1][0] > last]
+    _, points = min(further, default=(0.0, ()))
+    return tuple((tokens, ratio) for tokens, ratio in points if tokens > last)
 
 
 _CURVES = ("prefill_flops", "kv_update", "indexed_matmul_ratio")

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import exp, inf
+from operator import mul
 
 from sidp_jax.request import Sequence
 
@@ -106,6 +107,8 @@ def seconds_left(costs: StepCosts, work: Work, size: int) -> float:
         left = most
         for age in reversed(range(STRIDES)):
             queue = stopped[age] + (waiting if age == 0 else 0)
+            if not queue:
+                continue
             free = work.kv_tokens - _tokens(running, held[1:])
             room = min(work.slots - sum(running), free / held[age + 1])
             # Each sequence that starts takes a token of every further step's budget.
@@ -124,7 +127,7 @@ def seconds_left(costs: StepCosts, work: Work, size: int) -> float:
 
 
 def _tokens(groups: Seq[float], held: Seq[float | int]) -> float:
-    return sum(n * tokens for n, tokens in zip(groups, held, strict=False))
+    return sum(map(mul, groups, held))
 
 
 def _stop_youngest(

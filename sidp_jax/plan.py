@@ -1,7 +1,8 @@
 """A plan before any weight is read: ``python -m sidp_jax.plan --config X.yaml [key=value ...]``.
 
 Needs the ``config.json`` of the model and no GPU: who owns what, what fits, which mode wins at
-which batch size, and the best configuration for ``workload=IN,OUT``. All figures are estimates.
+which batch size, and the best configuration for ``workload=IN,OUT``. All figures are estimates;
+configurations that come out close are settled by a simulated job.
 Exit codes: 0, there is a plan; 2, wrong usage or configuration.
 """
 
@@ -36,26 +37,24 @@ from sidp_jax.hardware import (
 )
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import (
-    CAS,
-    CAS_STAGGERED,
     REPLICATED,
-    WAS,
     Policy,
     fetch_seconds,
     lockstep_hop_seconds,
     staggered_hop_seconds,
 )
 from sidp_jax.plan_compile import compile_plan, compiled_report
+from sidp_jax.plan_replay import WORTHWHILE, Choice, Replay, choose, replay_close
 from sidp_jax.plan_report import draw_figure, print_plan
 from sidp_jax.plan_search import (
     Option,
-    best,
     evaluate,
     fetch_hidden_from,
     mode_ranges,
     plain_candidates,
-    pooled_candidates,
-    tensor_sizes,
+    plain_options,
+    pooled_modes,
+    pooled_options,
 )
 from sidp_jax.settle import (
     DTYPE_BYTES,
@@ -67,9 +66,6 @@ from sidp_jax.settle import (
 from sidp_jax.startup import count_gpus, resolve_platform, start_jax
 
 DEFAULT_WORKLOAD = Workload(1024, 256)
-WORTHWHILE = 1.05
-"""A pool must promise this much over the best plain configuration: estimates are no better."""
-
 _SUCCESS, _USAGE = 0, 2
 _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 
@@ -147,10 +143,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def split_workload(overrides: Sequence[str]) -> tuple[Workload, list[str]]:
-    """Takes ``workload=IN,OUT`` out of the overrides; without it there is a default.
+    """Takes ``workload=IN,OUT[,REQUESTS]`` out of the overrides; without it there is a default.
 
     Raises:
-        ConfigError: The workload is not two positive integers.
+        ConfigError: The workload is not two or three positive integers.
     """
     workload, others = DEFAULT_WORKLOAD, []
     for override in overrides:
@@ -159,13 +155,14 @@ def split_workload(overrides: Sequence[str]) -> tuple[Workload, list[str]]:
             others.append(override)
             continue
         try:
-            prompt, output = map(int, value.split(","))
+            prompt, output, *requests = map(int, value.split(","))
+            (count,) = requests or [0]
         except ValueError:
             raise ConfigError(
-                f"workload={value} must be IN,OUT, mean tokens of prompt and output; for example "
-                "workload=1024,256"
+                f"workload={value} must be IN,OUT, mean tokens of prompt and output, or "
+                "IN,OUT,REQUESTS; for example workload=1024,256"
             ) from None
-        workload = Workload(prompt, output)
+        workload = Workload(prompt, output, count)
     return workload, others
 
 
@@ -186,8 +183,8 @@ def make_plan(
     Returns:
         Numbers in bytes, seconds and tokens, ready for JSON: ``model``, ``hardware``, ``devices``,
         ``workload``, ``owners``, ``resident``, ``activations``, ``steps``, ``mode_ranges``,
-        ``fetch_hidden_from``, ``configurations``, ``recommendation``, ``formula`` and some that
-        repeat the input.
+        ``fetch_hidden_from``, ``configurations``, ``replays``, ``recommendation``, ``formula`` and
+        some that repeat the input.
 
     Raises:
         ValueError: Something is missing or impossible; the message says what to set.
@@ -205,7 +202,7 @@ def make_plan(
     configured = _configured(config, model, setting.hardware, devices)
     layout = layout_of(config, model)
     policy = policy_of(setting, configured)
-    options = _options(setting, configured, devices, workload)
+    options, replays, choice = _options(setting, configured, devices, workload)
     return {
         "kind": (
             "estimates, from a profile that this command measured"
@@ -232,7 +229,8 @@ def make_plan(
         "activations": activation_bytes(setting, configured),
         **_layer_times(policy, config.max_num_batched_tokens),
         "configurations": {name: _as_json(option) for name, option in options.items()},
-        "recommendation": _recommendation(setting, options),
+        "replays": [_replay_as_json(done) for done in replays if done.job is not None],
+        "recommendation": _recommendation(setting, choice),
         "formula": list(FORMULA),
     }
 
@@ -313,37 +311,28 @@ def _configured(
 
 def _options(
     setting: Setting, configured: Candidate, devices: int, workload: Workload
-) -> dict[str, Option]:
-    """The configuration beside its alternatives, as far as their memory can be known."""
+) -> tuple[dict[str, Option], list[Replay], Choice | None]:
+    """The configuration beside its alternatives, as far as their memory can be known.
+
+    The best of the plain ones and of the pools are those that the replay prefers, where it is
+    close.
+    """
     options = {"as configured": evaluate(setting, configured, workload)}
     if setting.usable_bytes is None:
-        return options
-    model = setting.model
-    plain = {
-        size: best(setting, plain_candidates(model, devices, size), workload)
-        for size in tensor_sizes(model, devices)
-    }
+        return options, [], None
+    plain = plain_options(setting, devices, workload)
+    pooled = pooled_options(setting, devices, pooled_modes(setting), workload)
+    replays = replay_close(setting, [*plain.values(), *pooled.values()], workload)
+    choice = choose(replays, workload)
     # Of what fits in no size of a step, the smallest shows by how much it does not.
-    smallest = next(plain_candidates(model, devices, 1))
-    options["plain DP"] = plain.pop(1) or evaluate(setting, smallest, workload)
-    fitting = [option for option in plain.values() if option is not None]
-    if fitting:
-        options["best DP x TP"] = max(fitting, key=_speed)
-    pooled = best(setting, pooled_candidates(model, devices, _pooled_modes(setting)), workload)
-    if pooled is not None:
-        options["best pooled"] = pooled
-    return options
-
-
-def _pooled_modes(setting: Setting) -> tuple[str, ...]:
-    """The modes of ``mode: auto`` in a pool."""
-    schedules = (CAS, CAS_STAGGERED) if setting.hardware.indexed_matmul_ratio else (CAS,)
-    return (WAS, *schedules)
-
-
-def _speed(option: Option | None) -> float:
-    fits = option is not None and option.speed is not None
-    return option.speed.output_tokens_per_second if fits else 0.0
+    smallest = next(plain_candidates(setting.model, devices, 1))
+    options["plain DP"] = plain[1] or evaluate(setting, smallest, workload)
+    sharded = choose([r for r in replays if r.option.candidate.tensor_size > 1], workload).plain
+    if sharded is not None:
+        options["best DP x TP"] = sharded.option
+    if choice.pooled is not None:
+        options["best pooled"] = choice.pooled.option
+    return options, replays, choice
 
 
 def _layer_times(policy: Policy, budget: int) -> Plan:
@@ -375,39 +364,68 @@ def _as_json(option: Option) -> Plan:
     }
 
 
-def _recommendation(setting: Setting, options: dict[str, Option]) -> Plan:
-    """Pool or not, and the keys to set."""
-    if setting.usable_bytes is None:
+def _replay_as_json(done: Replay) -> Plan:
+    job = done.job
+    return {
+        "configuration": asdict(done.option.candidate)
+        | {"modes": list(done.option.candidate.modes)},
+        "requests": job.requests,
+        "estimated_output_tokens_per_second": done.option.rate,
+        "steady_output_tokens_per_second": job.steady_output_tokens_per_second,
+        "output_tokens_per_second": job.output_tokens_per_second,
+        "seconds": job.seconds,
+        "preemptions": job.preemptions * done.option.candidate.pools,
+    }
+
+
+def _recommendation(setting: Setting, choice: Choice | None) -> Plan:
+    """Pool or not, how that was decided, and the keys to set."""
+    if choice is None:
         name = setting.hardware.name
         reason = f"profile {name!r} does not know the memory of a device, so nothing is compared"
-        return {"pool": None, "reason": reason, "set": None}
-    plain = max((options.get("plain DP"), options.get("best DP x TP")), key=_speed)
-    pooled = options.get("best pooled")
-    ours, theirs = _speed(pooled), _speed(plain)
-    if not ours and not theirs:
+        return {"pool": None, "decided_by": None, "reason": reason, "set": None}
+    best, plain, pooled = choice.best, choice.plain, choice.pooled
+    if best is None:
         reason = "no configuration of these GPUs fits by itself; take more of them, or shorter "
         reason += "sequences, or for a single GPU keep layers on the host: pool_host_layers"
-        return {"pool": None, "reason": reason, "set": None}
-    pool = ours > WORTHWHILE * theirs
-    if not theirs:
+        return {"pool": None, "decided_by": None, "reason": reason, "set": None}
+    if plain is None:
         reason = "no plain configuration fits"
-    elif not ours:
+    elif pooled is None:
         reason = "no pool fits"
     else:
-        reason = (
-            f"the best pool is estimated at {ours:,.0f} output tokens/s, the best plain "
-            f"configuration at {theirs:,.0f}: {ours / theirs:.2f}x, and a pool has to promise "
-            f"{WORTHWHILE:.2f}x"
-        )
-    chosen = (pooled if pool else plain).candidate
+        reason = _comparison(plain, pooled, choice.whole)
+    chosen = best.option.candidate
     keys = {
         "pool_size": chosen.pool_size,
         "tensor_parallel_size": chosen.tensor_size,
-        "resident_layers": chosen.resident_layers if pool else 0,
+        "resident_layers": chosen.resident_layers if choice.pool else 0,
         "max_num_seqs": chosen.max_num_seqs,
         "max_num_batched_tokens": chosen.max_num_batched_tokens,
     }
-    return {"pool": pool, "reason": reason, "jobs": chosen.pools, "set": keys}
+    decided = "estimate" if best.job is None else "replay of a job, simulated"
+    return {
+        "pool": choice.pool,
+        "decided_by": decided,
+        "reason": reason,
+        "jobs": chosen.pools,
+        "set": keys,
+    }
+
+
+def _comparison(plain: Replay, pooled: Replay, whole: bool) -> str:
+    """The best pool beside the best plain configuration, both replayed or both estimated."""
+    replayed = plain.job is not None and pooled.job is not None
+    ours, theirs = (done.rate(whole) if replayed else done.option.rate for done in (pooled, plain))
+    how = f"replayed at {ours:,.0f} output tokens/s"
+    if not replayed:
+        how = f"estimated at {ours:,.0f} output tokens/s"
+    elif whole:
+        how += " over the whole job"
+    return (
+        f"the best pool is {how}, the best plain configuration at {theirs:,.0f}: "
+        f"{ours / theirs:.2f}x, and a pool has to promise {WORTHWHILE:.2f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         _layers(plan),
         _crossovers(plan),
         _throughput(plan),
+        *([_replays(plan)] if plan["replays"] else []),
     ):
         if isinstance(part, Table):
             console.print()
@@ -203,6 +204,29 @@ def _throughput(plan: dict[str, Any]) -> Table:
     )
 
 
+def _replays(plan: dict[str, Any]) -> Table:
+    """Configurations that were close, beside what they did in the replayed job."""
+    requests = plan["replays"][0]["requests"]
+    table = _table(
+        f"Close calls: a job of {requests:,} requests, simulated, output tokens/s of all GPUs",
+        "configuration",
+        "estimated",
+        "steady\nstate",
+        "whole\njob",
+        "preemptions",
+    )
+    for done in plan["replays"]:
+        table.add_row(
+            f"{_shape(done)}, {done['configuration']['max_num_seqs']:,} x "
+            f"{done['configuration']['max_num_batched_tokens']:,}",
+            f"{done['estimated_output_tokens_per_second']:,.0f}",
+            f"{done['steady_output_tokens_per_second']:,.0f}",
+            f"{done['output_tokens_per_second']:,.0f}",
+            f"{done['preemptions']:,}",
+        )
+    return table
+
+
 def _shapes(speed: dict[str, Any]) -> str:
     """Shapes of the steps, the most frequent ones first, a line each."""
     shapes = sorted(speed["shapes"], key=lambda shape: -shape["share"])[:_MOST_SHAPES]
@@ -221,15 +245,20 @@ def _recommendation(plan: dict[str, Any]) -> str:
     keys = " ".join(f"{key}={value}" for key, value in advice["set"].items())
     jobs = f", in each of {advice['jobs']} jobs that share the input" if advice["jobs"] > 1 else ""
     verdict = "pool" if advice["pool"] else "do not pool"
-    return f"Recommendation, estimated: {verdict}; {advice['reason']}.\nSet {keys}{jobs}."
+    how = f"decided by {advice['decided_by']}"
+    return f"Recommendation, {how}: {verdict}; {advice['reason']}.\nSet {keys}{jobs}."
 
 
 def _name(name: str, option: dict[str, Any]) -> str:
+    return f"{name}: {_shape(option)}"
+
+
+def _shape(option: dict[str, Any]) -> str:
     chosen = option["configuration"]
     pools, size, tensor = chosen["pools"], chosen["pool_size"], chosen["tensor_size"]
     pooled = f"{pools} {'pools' if pools > 1 else 'pool'} of {size}"
     shape = f"DP{pools}" if size == 1 else pooled
-    return f"{name}: {shape}{f' x TP{tensor}' if tensor > 1 else ''}"
+    return f"{shape}{f' x TP{tensor}' if tensor > 1 else ''}"
 
 
 def _replicas(option: dict[str, Any]) -> int:

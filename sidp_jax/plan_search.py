@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from math import ceil
 
 from sidp_jax.estimate import (
@@ -22,7 +22,14 @@ from sidp_jax.estimate import (
     throughput,
 )
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS_STAGGERED, REPLICATED, Policy, fetch_seconds
+from sidp_jax.modes.policy import (
+    CAS,
+    CAS_STAGGERED,
+    REPLICATED,
+    WAS,
+    Policy,
+    fetch_seconds,
+)
 
 SEQS_LADDER = (64, 128, 256, 512, 1024, 2048)
 BUDGET_LADDER = (2048, 4096, 8192, 16384)
@@ -81,6 +88,16 @@ class Option:
     held: Memory
     speed: Throughput | None
 
+    @property
+    def rate(self) -> float:
+        """Output tokens/s of the node, as estimated; 0 where it does not fit."""
+        return 0.0 if self.speed is None else self.speed.output_tokens_per_second
+
+    @property
+    def is_pool(self) -> bool:
+        """Whether replicas share layers, or could."""
+        return self.candidate.pool_size > 1
+
 
 def evaluate(setting: Setting, candidate: Candidate, workload: Workload) -> Option:
     """Estimates memory and, where it fits, throughput."""
@@ -117,6 +134,35 @@ def pooled_candidates(
                         yield Candidate(pool, size, replicas // pool, resident, able, seqs, budget)
 
 
+def plain_options(
+    setting: Setting, num_devices: int, workload: Workload
+) -> dict[int, Option | None]:
+    """The best plain configuration for each number of devices of a replica."""
+    return {
+        size: best(setting, plain_candidates(setting.model, num_devices, size), workload)
+        for size in tensor_sizes(setting.model, num_devices)
+    }
+
+
+def pooled_modes(setting: Setting) -> tuple[str, ...]:
+    """The modes of ``mode: auto`` in a pool."""
+    schedules = (CAS, CAS_STAGGERED) if setting.hardware.indexed_matmul_ratio else (CAS,)
+    return (WAS, *schedules)
+
+
+def pooled_options(
+    setting: Setting, num_devices: int, modes: tuple[str, ...], workload: Workload
+) -> dict[int, Option]:
+    """The best pool for each number of devices of a replica with which one fits."""
+    found = {}
+    candidates = pooled_candidates(setting.model, num_devices, modes)
+    for size, same in groupby(candidates, key=lambda candidate: candidate.tensor_size):
+        option = best(setting, same, workload)
+        if option is not None:
+            found[size] = option
+    return found
+
+
 def _step_sizes() -> Iterator[tuple[int, int]]:
     return ((s, b) for s, b in product(SEQS_LADDER, BUDGET_LADDER) if s <= b)
 
@@ -137,7 +183,7 @@ def best(setting: Setting, candidates: Iterable[Candidate], workload: Workload) 
             for fitted in _fitted(candidate, option.speed.running, workload)
         )
     fits = [option for option in fitting if option.speed is not None]
-    return max(fits, key=lambda o: o.speed.output_tokens_per_second, default=None)
+    return max(fits, key=lambda option: option.rate, default=None)
 
 
 def _fitted(candidate: Candidate, running: int, workload: Workload) -> Iterator[Candidate]:

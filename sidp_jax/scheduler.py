@@ -240,9 +240,17 @@ class Scheduler:
         """Go on with a replica's running sequences, oldest first, in a step of `size` tokens."""
         work = [sequence.num_remaining for sequence in replica.running]
         draft = Draft(replica, budget=self._prefill_budget(size, num_decodes=work.count(1)))
+        page_size, decodes = self.config.page_size, draft.decodes
         for sequence, remaining in zip(tuple(replica.running), work, strict=True):
             if sequence.slot is None:
                 break  # preempted for an older one, and so are all that are newer
+            start = sequence.num_computed
+            if remaining == 1 and start < len(sequence.pages) * page_size:
+                # What most sequences do in most steps, without the calls that do it below.
+                decodes.append(Chunk(sequence, start, 1, True))
+                sequence.num_computed = start + 1
+                sequence.num_pending += 1
+                continue
             length = 1 if remaining == 1 else min(remaining, draft.budget)
             if length == 0 or not self._make_room(draft, sequence, length):
                 continue

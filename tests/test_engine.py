@@ -5,6 +5,7 @@ import pytest
 from helpers import Alternating, make_engine, run_requests, small_config
 
 from sidp_jax import SamplingParams
+from sidp_jax.modes.policy import Policy
 from sidp_jax.request import RequestError
 
 
@@ -57,6 +58,25 @@ def test_greedy_tokens_are_the_same_in_every_mode(greedy_tokens, changes):
     engine = make_engine(**changes)
     assert run_greedy(engine) == greedy_tokens
     assert set(engine.stats.steps) == set(changes.get("modes", ("was",)))
+
+
+def test_every_switch_is_kept_and_logged_with_its_numbers(caplog):
+    class Eager(Policy):
+        """Prefers CaS in small steps, as no profile of a CPU would."""
+
+        def seconds(self, mode, tokens):
+            return {"cas": tokens, "was": 30}[mode] * 1e-6
+
+    engine = make_engine(modes=("was", "cas"), policy_type=Eager, max_num_batched_tokens=64)
+    with caplog.at_level("INFO", logger="sidp_jax.engine"):
+        run_greedy(engine)
+    switches = engine.stats.switches
+    assert (switches[0].old, switches[0].new, switches[0].tokens) == ("was", "cas", 16)
+    assert all(s.new_seconds < s.old_seconds for s in switches)
+    assert [r.getMessage() for r in caplog.records if "->" in r.getMessage()] == list(
+        map(str, switches)
+    )
+    assert set(engine.stats.steps) == {"was", "cas"}
 
 
 def test_chunked_prefill_and_many_at_once_change_nothing(was_engine, greedy_tokens):

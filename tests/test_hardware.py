@@ -73,6 +73,18 @@ def test_a_layer_between_two_measured_ones_lies_between_them():
     assert ratios == pytest.approx([4, 4, 2.5, 1, 1])
 
 
+def test_beyond_its_last_point_a_layer_follows_the_next_in_size():
+    small = LayerTimes(1e6, 1e6, ((1.0, 1.5), (1000.0, 2.0)))
+    near = LayerTimes(2e6, 2e6, ((1000.0, 2.6), (4000.0, 8.8)))
+    far = LayerTimes(1e9, 1e9, ((1000.0, 1e4), (4000.0, 4e4)))
+    hardware = measured(small, near, far)
+    assert hardware.dense_seconds(1000, 1e6, 1e6) == pytest.approx(2e-3), "as measured"
+    assert hardware.dense_seconds(4000, 1e6, 1e6) == pytest.approx(4e-3 * 1.1)
+    assert hardware.dense_seconds(9000, 1e6, 1e6) == pytest.approx(9e-3 * 1.1)
+    assert hardware.dense_seconds(2000, 1e6, 1e6) == pytest.approx(2e-3 * (2.0 + 1.1) / 2)
+    assert measured(near).dense_seconds(4000, 2e6, 2e6) == pytest.approx(8.8e-3)
+
+
 def test_without_measured_layers_the_roofline_counts():
     hardware = measured()
     assert hardware.dense_seconds(1, 1e6, 2e6) == 1e-3

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import groupby, pairwise, product
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from checkpoints import LAYOUTS
 from helpers import small_config
 
-from sidp_jax import plan, plan_search
+from sidp_jax import plan, plan_replay, plan_search
 from sidp_jax.batch import token_buckets
 from sidp_jax.estimate import (
     FORMULA,
@@ -32,12 +33,13 @@ from sidp_jax.estimate import (
     policy_of,
     step_seconds,
 )
-from sidp_jax.hardware import load_profile, profile_names, value_at
+from sidp_jax.hardware import load_profile, profile_names, save_profile, value_at
 from sidp_jax.kv_cache import kv_cache_spec
 from sidp_jax.mesh import PARAMETER_AXES, make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, fetch_seconds
+from sidp_jax.plan_replay import CLOSE
 from sidp_jax.plan_search import (
     best,
     evaluate,
@@ -84,17 +86,23 @@ def make(*more, **choice):
 
 
 @pytest.fixture(scope="module")
-def full():
-    """Plans by the whole search, in a process without the type checks that make it slow here."""
+def full(tmp_path_factory):
+    """Plans by the whole search, in a process without the type checks that make it slow here.
+
+    The second is for GPUs whose link is wide and slow to start: good for fetches, bad for TP.
+    """
     code = (
         "import sys, json; from sidp_jax import plan\n"
         "for line in json.loads(sys.argv[1]): plan.main(line)\n"
         "sys.exit('jax' in sys.modules)"
     )
-    pays = arguments("--json", "workload=1024,64", model="llama3.1_70b", hardware="h100")
+    profile = tmp_path_factory.mktemp("profiles") / "linked.yaml"
+    faster = {"link_bandwidth": 900e9, "hop_latency": 100e-6, "fetch_interference": 0.0}
+    save_profile(replace(load_profile("h100"), **faster), profile)
+    pays = arguments("--json", "workload=1024,64,7000", model="llama3.1_70b", hardware=str(profile))
     lines = [arguments("--json", "workload=2048,1024"), pays]
     command = [sys.executable, "-c", code, json.dumps(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, f"planning must not import jax; {done.stderr}"
     first, second = done.stdout.split("\n}\n{\n")
     return json.loads(first + "}"), json.loads("{" + second)
@@ -102,7 +110,8 @@ def full():
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """A search of few configurations."""
+    """A search of few configurations, and replays of short jobs."""
+    monkeypatch.setattr(plan_replay, "rounds", lambda options, output: 48)
     monkeypatch.setattr(plan_search, "SEQS_LADDER", (256, 512))
     monkeypatch.setattr(plan_search, "BUDGET_LADDER", (2048,))
     monkeypatch.setattr(plan_search, "RESIDENT_STEPS", 1)
@@ -428,14 +437,15 @@ def test_plan_of_qwen72b_on_eight_h200(full):
     options = made["configurations"]
     assert list(options) == ["as configured", "plain DP", "best DP x TP", "best pooled"]
     assert options["plain DP"]["throughput"] is None
-    assert options["best DP x TP"]["configuration"]["tensor_size"] == 2
+    tensor_size = options["best DP x TP"]["configuration"]["tensor_size"]
+    assert tensor_size in (2, 4), "which of them is better is a close call"
     modes = [step["best"] for step in made["steps"]]
     assert [mode for mode, _ in groupby(modes)] == ["cas_staggered", "was"]
     assert [mode for _, mode in made["mode_ranges"]] == ["cas", "cas_staggered", "was"]
     assert 1650 < made["fetch_hidden_from"] < 1800
     assert made["recommendation"]["pool"] is False
-    assert made["recommendation"]["set"]["tensor_parallel_size"] == 2
-    assert made["recommendation"]["jobs"] == 4
+    assert made["recommendation"]["set"]["tensor_parallel_size"] == tensor_size
+    assert made["recommendation"]["jobs"] == 8 // tensor_size
     assert made["hardware"]["source"]
 
 
@@ -456,7 +466,35 @@ def test_a_pool_is_recommended_where_it_pays(full):
     assert options["plain DP"]["throughput"] is None, "one GPU holds no copy"
     pooled, plain = (options[name]["throughput"] for name in ("best pooled", "best DP x TP"))
     rates = [speed["output_tokens_per_second"] for speed in (pooled, plain)]
-    assert rates[0] > plan.WORTHWHILE * rates[1]
+    assert rates[0] > CLOSE * plan.WORTHWHILE * rates[1]
+    advice, replays = made["recommendation"], made["replays"]
+    assert advice["decided_by"] == "replay of a job, simulated"
+    assert "over the whole job" in advice["reason"]
+    assert {done["requests"] for done in replays} == {7000}
+    chosen = {key: advice["set"][key] for key in ("pool_size", "resident_layers", "max_num_seqs")}
+    best = max(replays, key=lambda done: done["output_tokens_per_second"])
+    assert {key: best["configuration"][key] for key in chosen} == chosen
+    others = [
+        r["output_tokens_per_second"] for r in replays if r["configuration"]["pool_size"] == 1
+    ]
+    assert best["output_tokens_per_second"] > plan.WORTHWHILE * max(others)
+
+
+def test_close_calls_are_settled_by_a_replay(full):
+    made, _ = full
+    replays, advice = made["replays"], made["recommendation"]
+    best = max(replays, key=lambda done: done["steady_output_tokens_per_second"])
+    assert best["configuration"]["pool_size"] == 1
+    assert best["configuration"]["tensor_size"] == advice["set"]["tensor_parallel_size"]
+    assert best["configuration"]["max_num_seqs"] == advice["set"]["max_num_seqs"]
+    least = CLOSE * max(done["estimated_output_tokens_per_second"] for done in replays)
+    assert all(done["estimated_output_tokens_per_second"] >= least for done in replays)
+
+
+def test_what_is_clear_is_not_replayed():
+    made = make("pool_size=1", "workload=2000,2000", "--gpus", "1", model="qwen3_32b")
+    assert made["replays"] == []
+    assert made["recommendation"]["decided_by"] == "estimate"
 
 
 def test_nothing_is_recommended_where_nothing_fits_or_is_known():
@@ -490,6 +528,8 @@ def test_tables_can_be_read_without_a_terminal(capsys):
         "do not pool",
         "1 pool of 8",
         "KV tokens, all GPUs",
+        "Close calls: a job of",
+        "decided by replay of a job, simulated",
         *FORMULA,
     ):
         assert words in text
@@ -533,6 +573,8 @@ def test_json_is_the_whole_plan(capsys):
     [
         (["model=nowhere"], "there is no .*nowhere/config.json; a plan needs no weights"),
         (["workload=7"], "workload=7 must be IN,OUT"),
+        (["workload=7,8,9,10"], "workload=7,8,9,10 must be IN,OUT"),
+        (["workload=7,8,-9"], "requests=-9 must be at least 0"),
         (["workload=0,5"], "workload=0,5 must be two counts"),
         (["workload=8000,500"], "workload=8000,500 is longer than max_model_len=8192"),
         (["max_model_len=40000"], "max_model_len=40000 is more than the 32768"),

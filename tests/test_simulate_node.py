@@ -7,25 +7,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidp_jax import plan_search
+from sidp_jax import plan_replay, plan_search
 from sidp_jax.estimate import Candidate, Setting, Workload, attention_seconds, step_seconds
-from sidp_jax.hardware import load_profile
+from sidp_jax.hardware import as_values, load_profile
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
-from sidp_jax.plan import WORTHWHILE
+from sidp_jax.plan_replay import choose, replay_close
+from sidp_jax.replay import Job, PoolSimulator, simulate
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.append(str(EXPERIMENTS))
 
-import node_simulator  # noqa: E402
+import node_docs  # noqa: E402
 import node_tables  # noqa: E402
 import simulate_node  # noqa: E402
-from node_simulator import PoolSimulator, simulate  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """A search of few configurations: the type checks make it slow here."""
+    """A search of few configurations and short replays: the type checks make them slow here."""
+    monkeypatch.setattr(plan_replay, "rounds", lambda options, output: 64)
+    monkeypatch.setattr(simulate_node, "rounds", lambda options, output: 48)
     monkeypatch.setattr(plan_search, "SEQS_LADDER", (64, 1024))
     monkeypatch.setattr(plan_search, "BUDGET_LADDER", (2048,))
     monkeypatch.setattr(plan_search, "RESIDENT_STEPS", 1)
@@ -44,13 +46,13 @@ def candidate(pool=2, modes=(WAS, CAS, CAS_STAGGERED), seqs=8, budget=64, **chan
     )
 
 
-LENGTHS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 60)), min_size=1, max_size=30)
+LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=30)
 
 
-@given(LENGTHS, st.integers(1, 3), st.integers(1, 9), st.integers(40, 120))
-@settings(max_examples=60)
+@given(LENGTHS, st.integers(1, 3), st.integers(1, 9), st.integers(90, 200))
+@settings(max_examples=80)
 def test_skipping_repeated_steps_changes_nothing(lengths, pool, seqs, pages):
-    where = setting(page_size=4, longest=150)
+    where = setting(page_size=4, longest=360)
     ours = candidate(pool, seqs=seqs, budget=32)
     fast, slow = (simulate(where, ours, pages, lengths, skip=skip) for skip in (True, False))
     assert slow.planned == sum(slow.steps.values())
@@ -68,6 +70,25 @@ def test_long_decodes_are_planned_in_few_steps():
     assert sum(job.steps.values()) > 1999
     assert job.planned < 40
     assert job.output_tokens == 8000
+    assert job.steady_output_tokens_per_second == pytest.approx(
+        job.output_tokens_per_second, rel=0.02
+    )
+
+
+def test_prefill_is_spread_as_configured():
+    for spread in (True, False):
+        simulator = PoolSimulator(setting(), candidate(), 200, [], spread=spread)
+        assert (simulator.scheduler.config.step_costs is not None) == spread
+
+
+def test_long_prefills_are_planned_in_few_steps():
+    where, ours = setting(longest=20_000), candidate(seqs=4, budget=64)
+    fast, slow = (
+        simulate(where, ours, 400, [(16_000, 8)] * 2, skip=skip) for skip in (True, False)
+    )
+    assert slow.planned > 250
+    assert fast.planned < 40
+    assert fast.seconds == pytest.approx(slow.seconds)
 
 
 def test_a_job_takes_the_time_of_its_steps():
@@ -125,35 +146,77 @@ def test_cases_are_counts_ranges_or_files(tmp_path):
         simulate_node.parse_job("3,4")
 
 
+def test_shares_of_a_job_are_alike_and_reach_all_lengths():
+    job = Job(100, 40, 120, 0.25, 0.75, "a")
+    shares = [job.share(pools) for pools in (1, 3, 8)]
+    assert [len(share) for share in shares] == [120, 40, 15]
+    for share in shares:
+        prompts, outputs = zip(*share, strict=True)
+        assert 75 <= min(prompts) < 80
+        assert 120 < max(prompts) <= 125
+        for part in range(0, len(share) - 15, 16):
+            assert sum(prompts[part : part + 16]) / 16 == pytest.approx(100, rel=0.02)
+            assert sum(outputs[part : part + 16]) / 16 == pytest.approx(40, rel=0.05)
+        assert prompts != tuple(sorted(prompts))
+        assert max(map(sum, share)) <= job.longest
+    assert job.share(3) == shares[1]
+    assert Job(100, 40, 120, 0.25, 0.75, "b").share(3) != shares[1]
+    limited = Job(100, 40, 120, 0.25, 0.75, "a", limit=150)
+    assert limited.share(3) == [(p, min(o, 150 - p)) for p, o in shares[1]]
+    assert {o for _, o in Job(100, 1, 64, 0.0, 1.0, "a").share(1)} == {1, 2}
+
+
 def test_auto_is_what_the_plan_recommends():
-    for hardware, prompt, output in (("h100", 128, 64), ("h200", 2048, 4096)):
-        where = setting(hardware=hardware, longest=prompt + 2 * output)
-        options = simulate_node.choose(where, Workload(prompt, output))
-        rate = {name: o.speed.output_tokens_per_second for name, o in options.items()}
-        plain = max(value for name, value in rate.items() if name.startswith(("plain", "DP")))
-        assert "plain DP" not in rate, "one GPU holds no copy"
-        if rate["pooled"] > WORTHWHILE * plain:
-            assert options["auto"] == options["pooled"]
-        else:
-            assert rate["auto"] == plain
+    work = Workload(2048, 256)
+    where = setting(longest=simulate_node.grid_job([], 2048, 256).longest)
+    found = simulate_node.Found.search(where, work)
+    named = found.named()
+    assert "plain DP" not in named, "one GPU holds no copy"
+    assert named["pooled"].rate == max(option.rate for option in found.pools.values())
+    best = choose(replay_close(where, [*found.plain.values(), *found.pools.values()], work), work)
+    assert found.recommended(where, work) == best.best.option
+
+
+def test_the_jobs_of_the_grid_are_not_those_of_the_plan(monkeypatch):
+    jobs = []
+    real = PoolSimulator.run
+
+    def run(self):
+        jobs.append((self.candidate, tuple(self.lengths)))
+        return real(self)
+
+    monkeypatch.setattr(PoolSimulator, "run", run)
+    monkeypatch.setattr(simulate_node, "WORKLOADS", ((64, 16),))
+    report = {"nodes": {}, "profiles": {}}
+    list(simulate_node.run_grid(["h200"], ["qwen3_32b"], report))
+    (work,) = next(iter(report["nodes"].values()))["workloads"]
+    judged = len({json.dumps(row) for row in work["configurations"].values()})
+    assert len(jobs) > judged, "the plan replays as well"
+    assert len(set(jobs)) == len(jobs), "nothing is simulated twice"
+    spreads = {(min(p for p, _ in lengths), max(p for p, _ in lengths)) for _, lengths in jobs}
+    assert any(low < 48 for low, _ in spreads), "of the plan"
+    assert any(low >= 48 for low, _ in spreads), "of the grid"
 
 
 def test_a_grid_goes_on_where_it_was_stopped(monkeypatch):
     monkeypatch.setattr(simulate_node, "WORKLOADS", ((64, 16), (128, 16)))
     done = []
 
-    def fake(setting, options, workload, lengths):
+    def fake(setting, found, workload, job, requests):
         done.append((workload.prompt, workload.output))
         return {"prompt": workload.prompt, "output": workload.output}
 
     monkeypatch.setattr(simulate_node, "_simulate_all", fake)
-    monkeypatch.setattr(simulate_node, "choose", lambda *_: {})
-    monkeypatch.setattr(simulate_node, "grid_lengths", lambda *_: [])
-    report = {"nodes": {}}
+    monkeypatch.setattr(simulate_node, "Found", MagicMock())
+    report = {"nodes": {}, "profiles": {}}
     grid = simulate_node.run_grid(["h200"], ["qwen2.5_72b"], report)
     next(grid)
+    report = json.loads(json.dumps(report))
     list(simulate_node.run_grid(["h200"], ["qwen2.5_72b"], report))
     assert done == [(64, 16), (128, 16)]
+    report["profiles"]["h200"]["flops"] = 1.0
+    list(simulate_node.run_grid(["h200"], ["qwen2.5_72b"], report))
+    assert done == [(64, 16), (128, 16)] * 2, "its profile is another one now"
 
 
 def test_tables_and_ratios(capsys, tmp_path):
@@ -177,6 +240,36 @@ def test_tables_and_ratios(capsys, tmp_path):
     assert tokens[1]["plain"] == 0, "72B do not fit"
     assert 1.8 < tokens[2]["pooled"] / tokens[2]["plain"] < 1.95
     assert "auto_over_best_plain: " in node_tables.summary(report)
+    tables = node_docs.make_tables(report, simulate_node.layer_setting())
+    assert "| 100 / 20 |" in tables["pool"]
+    assert f"{work['pooled_over_best_plain']:.2f}" in tables["pool"]
+    assert "of 2, least " in tables["summary"]
+    filled = node_docs.fill_tables("a\n<!-- table kv -->\nold\n<!-- end -->\nb\n", tables)
+    assert filled == f"a\n<!-- table kv -->\n{tables['kv']}\n<!-- end -->\nb\n"
+    assert node_docs.fill_tables(filled, tables) == filled
+    with pytest.raises(ValueError, match="table 'kw' is unknown; known: layer, kv"):
+        node_docs.fill_tables("<!-- table kw -->\n<!-- end -->", tables)
+
+
+def test_the_document_has_the_tables_of_the_results():
+    docs = (EXPERIMENTS.parent / "docs" / "multi_gpu.md").read_text()
+    report = json.loads((EXPERIMENTS / "results" / "simulated_node.json").read_text())
+    tables = node_docs.make_tables(report, simulate_node.layer_setting())
+    assert all(f"<!-- table {name} -->" in docs for name in tables)
+    assert node_docs.fill_tables(docs, tables) == docs, "run simulate_node.py --docs"
+    for name, values in report["profiles"].items():
+        now = json.loads(json.dumps(as_values(load_profile(name))))
+        assert values == now, f"profile {name} has changed; run simulate_node.py --grid"
+
+
+@pytest.mark.parametrize("report", sorted((EXPERIMENTS / "results").glob("offline_*.json")))
+def test_jobs_measured_on_one_gpu_are_predicted_within_a_tenth(report, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    rows = {row["case"]: row["ratio"] for row in simulate_node.validate(report)}
+    # The sampler of that run chose its way on the device; it was replaced (docs/performance.md).
+    rows.pop("decode 256,0.95", None)
+    assert rows
+    assert all(abs(ratio - 1) < 0.1 for ratio in rows.values()), rows
 
 
 def test_validation_replays_the_measured_command(tmp_path):
@@ -195,7 +288,7 @@ def test_validation_replays_the_measured_command(tmp_path):
     first, second = simulate_node.validate(path)
     where = setting("qwen3_32b", longest=4096)
     ours = candidate(1, (REPLICATED,), seqs=512, budget=1024, resident_layers=64)
-    job = node_simulator.simulate(where, ours, 100, [(64, 16)] * 8)
+    job = simulate(where, ours, 100, [(64, 16)] * 8)
     assert first["simulated_s"] == pytest.approx(job.seconds)
     assert first["ratio"] == pytest.approx(job.seconds / 1.0)
     assert first["simulated_steps"] == 16
