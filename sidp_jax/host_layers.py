@@ -11,13 +11,11 @@ in use and the one that arrives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -127,71 +125,46 @@ class HostForward:
             last_tokens: That of the last tokens, ``[pool, slots]``.
             buffer: That of the packed batch, ``[pool, size]``.
         """
-        program, table = self.program, weights.embedding
-        tokens = program.layout.pool_size * self.batch_layout.tokens
+        layout, table, outer = self.program.layout, weights.embedding, _outer(weights)
         x = jax.ShapeDtypeStruct(
-            (tokens, table.shape[1]), table.dtype, sharding=program.per_replica()
+            (layout.pool_size * self.batch_layout.tokens, table.shape[1]),
+            table.dtype,
+            sharding=self.program.per_replica(),
         )
-        outer = _outer(weights)
-        begin = self._jit(
-            _forward_begin,
-            (partitions(outer), _PER_REPLICA, _PER_REPLICA),
-            (_PER_REPLICA, _PER_REPLICA),
-        )
-        end = self._jit(
-            partial(_forward_end, widest=self.widest),
-            (partitions(outer), _PER_REPLICA, _PER_REPLICA, _PER_REPLICA),
-            Forwarded(None, _PER_REPLICA, _PER_REPLICA),
-        )
+        row = {name: _on_device(leaf) for name, leaf in weights.pooled[0].items()}
+        stream = _PER_REPLICA, _PER_REPLICA
+        parts = {"begin": self._lower(_forward_begin, stream, outer, last_tokens, buffer)}
+        for span in _periods(layout):
+            if span.shape not in parts:
+                layers = _layers_of(span, weights, None if span.pooled is None else row)
+                out = _PER_REPLICA, KVCache(KV_PARTITION, KV_PARTITION), _PER_REPLICA
+                arguments = layers, self.numbers(span), x, kv, buffer
+                parts[span.shape] = self._lower(_period, out, *arguments, donated=(2, 3))
+        result = Forwarded(None, _PER_REPLICA, _PER_REPLICA)
+        end = partial(_end, widest=self.widest)
+        parts["end"] = self._lower(end, result, outer, x, last_tokens, buffer)
         # What the step before sent for is the first layer again if there is no other.
-        fetched = [_on_device(leaf) for leaf in weights.pooled[0].values() if _is_on_host(leaf)]
+        fetched = [row[name] for name, leaf in weights.pooled[0].items() if _is_on_host(leaf)]
         held = [weights, [fetched] * min(2, len(weights.pooled)), kv, last_tokens, buffer]
-        return LoweredHostForward(
-            self,
-            {
-                "begin": begin.lower(outer, last_tokens, buffer),
-                **{
-                    span.shape: self._lower_period(span, weights, x, kv, buffer)
-                    for span in {span.shape: span for span in _periods(program.layout)}.values()
-                },
-                "end": end.lower(outer, x, last_tokens, buffer),
-            },
-            partial(
-                StepMemory,
-                argument_size_in_bytes=nbytes_per_device(held),
-                alias_size_in_bytes=nbytes_per_device(kv),
-            ),
-            nbytes_per_device(x),
-        )
+        kv_bytes = nbytes_per_device(kv)
+        memory = StepMemory(nbytes_per_device(held), kv_bytes, nbytes_per_device(x), kv_bytes)
+        return LoweredHostForward(self, parts, memory)
 
-    def _lower_period(
-        self, span: Span, weights: Weights, x: Any, kv: KVCache, buffer: Any
+    def numbers(self, span: Span) -> jax.Array:
+        """The numbers of a period's layers in order, int32, on the device."""
+        return jax.device_put(span.numbers[1:], NamedSharding(self.program.mesh, PartitionSpec()))
+
+    def _lower(
+        self, function: Any, out_specs: Any, *arguments: Any, donated: tuple[int, ...] = ()
     ) -> jax.stages.Lowered:
-        first = {name: _on_device(leaf) for name, leaf in weights.pooled[0].items()}
-        layers = _layers_of(span, weights, None if span.pooled is None else first)
-        kv_partition = KVCache(KV_PARTITION, KV_PARTITION)
-        everywhere = NamedSharding(self.program.mesh, PartitionSpec())
-        numbers = jax.ShapeDtypeStruct(_numbers(span).shape, jnp.int32, sharding=everywhere)
-        rest = PartitionSpec(), _PER_REPLICA, kv_partition, _PER_REPLICA
-        period = self._jit(
-            _period,
-            (partitions(layers), *rest),
-            (_PER_REPLICA, kv_partition, _PER_REPLICA),
-            donated=(2, 3),
-        )
-        return period.lower(layers, numbers, x, kv, buffer)
-
-    def _jit(
-        self, function: Any, in_specs: Any, out_specs: Any, donated: tuple[int, ...] = ()
-    ) -> jax.stages.Wrapped:
         mapped = jax.shard_map(
             partial(function, self.program, self.batch_layout),
             mesh=self.program.mesh,
-            in_specs=in_specs,
+            in_specs=partitions(arguments),
             out_specs=out_specs,
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=donated)
+        return jax.jit(mapped, donate_argnums=donated).lower(*arguments)
 
 
 @dataclass(frozen=True)
@@ -201,33 +174,28 @@ class LoweredHostForward:
     Attributes:
         forward: What was traced.
         parts: The programs.
-        memory: ``StepMemory`` but for what the compiler says.
-        stream_bytes: Of the residual stream.
+        memory: What a step holds, without what only the compiler knows.
     """
 
     forward: HostForward
     parts: Mapping[Part, jax.stages.Lowered]
-    memory: partial[StepMemory]
-    stream_bytes: int
+    memory: StepMemory
 
     def compile(self, options: dict[str, Any] | None = None) -> CompiledHostForward:
         """Compiles the programs one after another, with options like ``Lowered.compile``."""
-        program = self.forward.program
-        everywhere = NamedSharding(program.mesh, PartitionSpec())
         parts = {name: lowered.compile(options) for name, lowered in self.parts.items()}
         held = {name: compiled.memory_analysis() for name, compiled in parts.items()}
-        kv_bytes = self.memory.keywords["alias_size_in_bytes"]
         temporaries = max(each.temp_size_in_bytes for each in held.values())
-        return CompiledHostForward(
-            self.forward.arrivals,
-            parts,
-            # Here once: in a step's way they would queue behind the copies.
-            [(s, jax.device_put(_numbers(s), everywhere)) for s in _periods(program.layout)],
-            self.memory(
-                output_size_in_bytes=kv_bytes + held["end"].output_size_in_bytes,
-                temp_size_in_bytes=temporaries + self.stream_bytes,
-            ),
+        known = self.memory
+        memory = replace(
+            known,
+            output_size_in_bytes=known.output_size_in_bytes + held["end"].output_size_in_bytes,
+            temp_size_in_bytes=known.temp_size_in_bytes + temporaries,
         )
+        forward = self.forward
+        # The numbers are here from now on: in a step they would queue behind the copies.
+        periods = [(span, forward.numbers(span)) for span in _periods(forward.program.layout)]
+        return CompiledHostForward(forward.arrivals, parts, periods, memory)
 
 
 @dataclass(frozen=True)
@@ -317,7 +285,7 @@ def _period(
     return x, KVCache(mine.k[None], mine.v[None]), _marker(x)
 
 
-def _forward_end(
+def _end(
     program: StepProgram,
     batch_layout: BatchLayout,
     outer: Weights,
@@ -352,11 +320,6 @@ def _layers_of(span: Span, weights: Weights, fetched: LayerParams | None) -> _La
 def _periods(layout: PoolLayout) -> list[Span]:
     """The periods, of which the first may have no layer, and then is none."""
     return [span for span in spans(layout) if any(span.shape)]
-
-
-def _numbers(span: Span) -> np.ndarray:
-    """The numbers of a period's layers, in order."""
-    return span.numbers[1:]
 
 
 def _is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
