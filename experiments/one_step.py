@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from sidp_jax import estimate
 from sidp_jax.batch import BatchLayout, build_batch
 from sidp_jax.hardware import Hardware
+from sidp_jax.host_layers import CompiledHostForward, LoweredHostForward
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import (
@@ -143,7 +144,9 @@ class Form:
             dtype_bytes=self.dtype.itemsize,
         )
 
-    def lower(self, mode: str, tokens: int, widest: int, num_pages: int) -> jax.stages.Lowered:
+    def lower(
+        self, mode: str, tokens: int, widest: int, num_pages: int
+    ) -> jax.stages.Lowered | LoweredHostForward:
         """The forward program, lowered from shapes alone: neither weights nor cache are needed.
 
         Args:
@@ -194,10 +197,10 @@ def bytes_per_device(spec: Any) -> int:
 
 
 def compile_all(
-    lowerings: dict[Any, Callable[[], jax.stages.Lowered]],
+    lowerings: dict[Any, Callable[[], jax.stages.Lowered | LoweredHostForward]],
     options: dict[str, Any] | None = None,
     threads: int | None = None,
-) -> Iterator[tuple[Any, jax.stages.Compiled | Exception, float]]:
+) -> Iterator[tuple[Any, jax.stages.Compiled | CompiledHostForward | Exception, float]]:
     """Compiles programs side by side, each as soon as it is lowered.
 
     Args:
@@ -210,7 +213,7 @@ def compile_all(
         where it failed. In the order of the keys.
     """
 
-    def compiled(lowered: jax.stages.Lowered) -> tuple[Any, float]:
+    def compiled(lowered: jax.stages.Lowered | LoweredHostForward) -> tuple[Any, float]:
         start = time.perf_counter()
         try:
             result = lowered.compile(options)
@@ -271,7 +274,9 @@ class Stepper:
                 leaf.delete()
         self.kv = None
 
-    def run(self, program: jax.stages.Compiled, buffer: jax.Array) -> jax.Array:
+    def run(
+        self, program: jax.stages.Compiled | CompiledHostForward, buffer: jax.Array
+    ) -> jax.Array:
         """Sends one step to the devices; the cache is updated.
 
         Returns:

@@ -248,16 +248,16 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
 def fetch_bytes(setting: Setting, candidate: Candidate) -> list[int]:
     """Bytes that WaS fetches into: the kernels of a layer, and what of the next one comes early.
 
-    That is its down projection or, from the host, its attention's kernels; the others arrive when
-    their like have been used.
+    That is its down projection, as the others arrive when their like have been used; from the host
+    it is all of them.
     """
     pooled = setting.model.num_layers - candidate.resident_layers
     if pooled == 0:
         return [0, 0]
     parameters = layer_parameters(setting.model)
     kernels = sum(prod(p.shape) for name, p in parameters.items() if name.endswith("kernel"))
-    early = ("qkv.kernel", "out.kernel") if candidate.on_host else ("down.kernel",)
-    ahead = sum(prod(parameters[name].shape) for name in early) if pooled > 1 else 0
+    early = kernels if candidate.on_host else prod(parameters["down.kernel"].shape)
+    ahead = early if pooled > 1 else 0
     return [setting.dtype_bytes * n // candidate.tensor_size for n in (kernels, ahead)]
 
 
@@ -268,8 +268,9 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
     queries, keys, values and the attention's result; later the logits and the parts that they are
     put together from. In lockstep CaS every GPU holds the tokens of all replicas; in staggered CaS
     a guest's beside its own. In WaS a down projection arrives ahead of its layer only once gate and
-    up have been multiplied, and all buffers are free again at the logits. A mode's largest step is
-    the largest that the policy can pick it for, as only those are compiled.
+    up have been multiplied, and all buffers are free again at the logits; those of layers from the
+    host are held all the time. A mode's largest step is the largest that the policy can pick it
+    for, as only those are compiled.
     """
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
     shape = layer_shape(model, size, item)
@@ -283,7 +284,7 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
         rows = max(sizes, default=0) * (candidate.pool_size if mode == CAS else 1)
         streams = 4 if mode == CAS_STAGGERED else 2
         busiest = rows * (streams * shape.activation_bytes + inner)
-        if mode == WAS:
+        if mode == WAS and not candidate.on_host:
             kernels, ahead = fetch_bytes(setting, candidate)
             product = rows * model.intermediate_size * item // size
             at_down = rows * streams * shape.activation_bytes + product

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from sidp_jax import sampling
 from sidp_jax.batch import BatchLayout
+from sidp_jax.host_layers import CompiledHostForward, LoweredHostForward
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.pool import kv_bytes_per_page, padded_vocab
 from sidp_jax.request import SAMPLERS
@@ -69,7 +70,7 @@ class Runner:
         steps: tuple[Step, ...],
     ):
         self.program, self.weights, self.shapes, self.steps = program, weights, shapes, steps
-        self._forward: dict[tuple[str, BatchLayout], jax.stages.Compiled] = {}
+        self._forward: dict[tuple[str, BatchLayout], jax.stages.Compiled | CompiledHostForward] = {}
         self._sampler: dict[str, jax.stages.Compiled] = {}
         self._new_state: jax.stages.Compiled | None = None
         self._kv: KVCache | None = None
@@ -121,6 +122,8 @@ class Runner:
     ) -> sampling.Sampled:
         """Sends one step to the devices and returns without waiting for it.
 
+        Where the host owns layers it waits for most of the step: see ``CompiledHostForward``.
+
         Args:
             mode: Mode of the step.
             variant: Variant of the sampler.
@@ -144,7 +147,9 @@ class Runner:
         jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
         return sampled
 
-    def compiled_forward(self, mode: str, batch: BatchLayout) -> jax.stages.Compiled:
+    def compiled_forward(
+        self, mode: str, batch: BatchLayout
+    ) -> jax.stages.Compiled | CompiledHostForward:
         """The compiled forward program, to read its memory or its HLO."""
         return self._forward[mode, batch]
 
@@ -171,7 +176,9 @@ class Runner:
     def _vocab_rows(self) -> int:
         return padded_vocab(self.program.config.vocab_size, self.program.mesh.size)
 
-    def _lower_forward(self, mode: str, batch: BatchLayout) -> jax.stages.Lowered:
+    def _lower_forward(
+        self, mode: str, batch: BatchLayout
+    ) -> jax.stages.Lowered | LoweredHostForward:
         weights = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
             self.weights,
@@ -239,8 +246,9 @@ def num_pages_that_fit(
 
 
 def _compile_side_by_side(
-    lowered: Sequence[jax.stages.Lowered], options: dict[str, int] | None = None
-) -> list[jax.stages.Compiled]:
+    lowered: Sequence[jax.stages.Lowered | LoweredHostForward],
+    options: dict[str, int] | None = None,
+) -> list[jax.stages.Compiled | CompiledHostForward]:
     """Compiles programs in a thread each."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(lambda program: program.compile(options), lowered))

@@ -8,8 +8,7 @@ modes and the shapes of the batch: the sampler always sees the widest shape.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sidp_jax import sampling
-from sidp_jax.batch import BatchLayout, StepBatch, unpack, widen
-from sidp_jax.kernels.kv_update import update_kv
-from sidp_jax.kernels.ragged_attention import ragged_attention
+from sidp_jax.batch import BatchLayout
+from sidp_jax.forward import (
+    Forwarded,
+    embedded,
+    last_logits,
+    layer_context,
+    read_batch,
+    resolve_tokens,
+    with_tokens,
+)
+from sidp_jax.host_layers import Arrivals, HostForward
 from sidp_jax.kernels.turn_heads import Turner
 from sidp_jax.kv_cache import KV_PARTITION, KVCache
 from sidp_jax.mesh import POOL, TENSOR
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.models.decoder import embed, head_logits
 from sidp_jax.modes import cas, cas_staggered, replicated, was
-from sidp_jax.modes.loop import LayerContext
 from sidp_jax.pool import PoolLayout
 from sidp_jax.weights import Weights, partitions
 
@@ -77,6 +82,12 @@ class StepProgram:
         whole = fits(positions.shape[0], self.config.head_dim, dtype)
         return Turner(positions, "mosaic") if whole else positions
 
+    @cached_property
+    def _arrivals(self) -> Arrivals:
+        # One for all shapes of the batch: a step brings the first layer of the next, whatever its
+        # shape.
+        return Arrivals()
+
     @property
     def tensor_size(self) -> int:
         """Devices of one replica."""
@@ -94,8 +105,10 @@ class StepProgram:
 
     def forward(
         self, mode: str, batch_layout: BatchLayout, widest: BatchLayout, weights: Weights
-    ) -> jax.stages.Wrapped:
+    ) -> jax.stages.Wrapped | HostForward:
         """The jitted forward program of one mode and batch shape.
+
+        Where the host owns layers it is several programs, which ``HostForward`` drives.
 
         Args:
             mode: A key of ``RUN_LAYERS``.
@@ -107,6 +120,8 @@ class StepProgram:
             ``forward(weights, kv, last_tokens, buffer) -> Forwarded``, with ``kv`` donated.
             ``last_tokens`` is int32 ``[pool, slots]``, ``buffer`` int32 ``[pool, size]``.
         """
+        if self.layout.on_host and self.layout.pooled:
+            return HostForward(self, batch_layout, widest, self._arrivals)
         kv = KVCache(KV_PARTITION, KV_PARTITION)
         mapped = jax.shard_map(
             partial(_forward, self, mode, batch_layout, widest),
@@ -138,25 +153,6 @@ class StepProgram:
         return jax.jit(mapped, donate_argnums=(2, 3))
 
 
-class Forwarded(NamedTuple):
-    """What the forward program returns.
-
-    Attributes:
-        kv: The cache, updated in place.
-        logits: Of each row's last token, float32 ``[pool, rows, padded vocabulary]``.
-        buffer: The batch in its widest shape, with every token that was fed, int32
-            ``[pool, size]``.
-    """
-
-    kv: KVCache
-    logits: jax.Array | PartitionSpec
-    buffer: jax.Array | PartitionSpec
-
-
-def _read(buffer: Int[Array, "1 size"], layout: BatchLayout) -> StepBatch:
-    return unpack(buffer[0], layout, jax.lax.bitcast_convert_type)
-
-
 def _forward(
     program: StepProgram,
     mode: str,
@@ -167,97 +163,15 @@ def _forward(
     last_tokens: Int[Array, "1 slots"],
     buffer: Int[Array, "1 size"],
 ) -> Forwarded:
-    batch = _read(buffer, batch_layout)
-    tokens = _resolve_tokens(batch, last_tokens[0])
-    scale = program.config.head_dim**-0.5
-
-    @jax.jit  # so that the kernels are traced once, however many layers there are
-    def attend(q, k, v, kv, layer, active=None):
-        slots = batch.kv_slots if active is None else jnp.where(active, batch.kv_slots, -1)
-        kv = KVCache(*update_kv(kv.k, kv.v, k, v, layer, slots, implementation=program.kernels))
-        attended = ragged_attention(
-            q,
-            kv.k,
-            kv.v,
-            layer,
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lens,
-            scale=scale,
-            implementation=program.attention,
-        )
-        return attended, kv
-
-    context = LayerContext(
-        program.config,
-        program.layout,
-        program.positions(mode, batch.positions, weights.embedding.dtype),
-        attend,
-        program.platform,
-        program.kernels,
-        program.tensor_size,
-    )
-    with jax.named_scope("embed"):
-        x = _embed(context, weights.embedding, tokens)
+    batch = read_batch(buffer, batch_layout)
+    tokens = resolve_tokens(batch, last_tokens[0])
+    context = layer_context(program, mode, batch, weights.embedding.dtype)
+    x = embedded(context, weights.embedding, tokens)
     mine = KVCache(kv.k[0], kv.v[0])
     x, mine = RUN_LAYERS[mode](context, weights, x, mine)
-    with jax.named_scope("head"):
-        # There are no more rows with a token than tokens; the others' logits stay zeros.
-        rows = batch.logit_rows[: batch_layout.tokens]
-        logits = _logits(context, weights, x[rows])
-        logits = jnp.pad(logits, ((0, batch_layout.seqs - rows.size), (0, 0)))
-    fed = _with_tokens(buffer[0], tokens, batch_layout, widest)
+    logits = last_logits(context, weights, batch, x)
+    fed = with_tokens(buffer[0], tokens, batch_layout, widest)
     return Forwarded(KVCache(mine.k[None], mine.v[None]), logits[None], fed[None])
-
-
-def _with_tokens(
-    buffer: Int[Array, "size"],
-    tokens: Int[Array, "tokens"],
-    layout: BatchLayout,
-    widest: BatchLayout,
-) -> Int[Array, "widest_size"]:
-    """The batch with the tokens that were really fed, in its widest shape."""
-    known = jax.lax.dynamic_update_slice(buffer, tokens, (layout.fields["tokens"].offset,))
-    return widen(
-        known,
-        layout,
-        widest,
-        lambda part, count, value: jnp.pad(part, (0, count), constant_values=value),
-        jnp.concatenate,
-    )
-
-
-def _resolve_tokens(batch: StepBatch, last_tokens: Int[Array, "slots"]) -> Int[Array, "tokens"]:
-    """Fills in the tokens that were sampled by the step before and that the host never saw."""
-    slots = batch.slots[jnp.minimum(batch.token_rows, batch.slots.shape[0] - 1)]
-    sampled = last_tokens[jnp.minimum(slots, last_tokens.shape[0] - 1)]
-    return jnp.where(batch.tokens < 0, sampled, batch.tokens)
-
-
-def _embed(
-    context: LayerContext, embedding: Float[Array, "rows hidden"], tokens: Int[Array, "tokens"]
-) -> Float[Array, "tokens hidden"]:
-    """Every device looks all tokens up in its part of the vocabulary; the parts are added up."""
-    everyone = jax.lax.all_gather(tokens, POOL, tiled=True)
-    place = jax.lax.axis_index(POOL) * context.tensor_size + jax.lax.axis_index(TENSOR)
-    part = embed(embedding, everyone, place * embedding.shape[0])
-    return context.reduce(jax.lax.psum_scatter(part, POOL, tiled=True))
-
-
-def _logits(
-    context: LayerContext, weights: Weights, x: Float[Array, "rows hidden"]
-) -> Float[Array, "rows vocab"]:
-    """Every device computes its part of the vocabulary for all rows; the parts go home."""
-    everyone = jax.lax.all_gather(x, POOL, tiled=True)
-    head = weights.embedding if weights.head is None else weights.head
-    part = head_logits(everyone, weights.final_norm, head, context.config.rms_norm_eps)
-    home = jax.lax.all_to_all(part, POOL, split_axis=0, concat_axis=1, tiled=True)
-    if context.tensor_size == 1:
-        return home
-    # The vocabulary is cut by replica first, then by the devices of a replica.
-    parts = home.reshape(x.shape[0], context.layout.pool_size, head.shape[0])
-    whole = jax.lax.all_gather(parts, TENSOR, axis=2)
-    return whole.reshape(x.shape[0], -1)
 
 
 def _sample(
@@ -269,7 +183,7 @@ def _sample(
     last_tokens: Int[Array, "1 slots"],
     state: sampling.SamplerState | None,
 ):
-    batch = _read(buffer, batch_layout)
+    batch = read_batch(buffer, batch_layout)
     state = jax.tree.map(lambda array: array[0], state)
     if state is not None:
         state = sampling.update_state(state, batch.tokens, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +102,13 @@ def _form(layer_loop: LayerLoop, count: int, owner: tuple[int, str] | None, laye
     return tuple(layer(*owners) for _ in range(count))
 
 
-def partitions(spec: Weights) -> Weights:
-    """The partition spec of every array, for ``shard_map``."""
+def partitions(spec: Any) -> Any:
+    """The partition spec of every array of the weights or of a part of them, for ``shard_map``."""
     return jax.tree.map(lambda leaf: leaf.sharding.spec, spec)
 
 
-def nbytes_per_device(spec: Weights) -> int:
-    """Bytes of the weights that one device holds, without what lies on the host."""
+def nbytes_per_device(spec: Any) -> int:
+    """Bytes that one device holds of the weights or other arrays, without what lies on the host."""
     return sum(
         jnp.dtype(leaf.dtype).itemsize * prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(spec)

@@ -93,15 +93,6 @@ def test_was_is_bit_identical_to_replicated(oracle, layers, pool_size, resident,
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("layers", "resident"), [(6, 4), (5, 0), (3, 2), (4, 1)])
-def test_was_from_the_host_is_bit_identical_to_replicated(oracle, layers, resident):
-    config = small_config(layers)
-    layout = PoolLayout(layers, 1, resident, on_host=True)
-    got = run_mode("was", config, layout, "unrolled")
-    for ours, theirs in zip(got, oracle(config, 1), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
 @pytest.mark.parametrize("layer_loop", ["scan", "unrolled"])
 @pytest.mark.parametrize(("layers", "pool_size", "resident"), CASES)
 def test_cas_is_close_to_replicated(oracle, layers, pool_size, resident, layer_loop):

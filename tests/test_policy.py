@@ -60,9 +60,9 @@ def test_a_fetch_from_the_host_rides_under_everything_before_it(tokens):
     p = policy(modes=(WAS,), pool_size=1, resident_layers=60, on_host=True)
     home = policy(pool_size=1, modes=(REPLICATED,)).seconds(REPLICATED, tokens)
     fetch, attention = 1.755e9 / p.hardware.host_bandwidth, 1e-3
-    # Layers 3, 7, ... lie on the host: three before the first fetched one, four before the next.
-    before = [3 * (home + attention), *[4 * (home + attention)] * 19]
-    expected = sum(max(fetch, computed) for computed in before) + home + attention
+    # Layers 3, 7, ..., 79 lie on the host: four before each, for the first one of them in the step
+    # before.
+    expected = 20 * max(fetch, 4 * (home + attention))
     assert p.step_seconds(WAS, tokens, attention) == pytest.approx(expected)
 
 

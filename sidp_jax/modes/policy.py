@@ -114,12 +114,15 @@ def _was_seconds(
 ) -> float:
     """A fetch rides under the layers before it; nothing is before the first one's.
 
-    Copies from the host take neither cores nor turns: they ride under attention, too.
+    Copies from the host take neither cores nor turns: they ride under attention, too, and the first
+    one under the last layers of the step before.
     """
     fetch = fetch_seconds(shape, hardware, on_host)
     hidden = attention if FETCH_RIDES_UNDER_ATTENTION or on_host else 0.0
     interference = 0.0 if on_host else hardware.fetch_interference
     *before, last = spans
+    if on_host and before:
+        before[0], last = last + before[0], 0
     seconds = sum(spans) * (attention - hidden) + last * (dense + reduction + hidden)
     for count in before:
         computed = count * (dense + reduction + hidden)

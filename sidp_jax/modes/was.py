@@ -4,10 +4,9 @@ Each tensor is fetched when its like in the layer before has been used: while la
 feed-forward part, the attention's kernels of layer ``l + 1`` arrive, and once the up projection is
 over, the feed-forward kernels of ``l + 1`` do. So a layer and the down projection of another are
 held at most, not two layers. Every tensor has GEMMs of the layer before to hide beneath.
-Where the owner is the host, the same fetches are copies from its pinned memory, which the GPU's
-copy engines make without its cores.
-Source: the SiDP paper (arXiv 2605.28095); the order of the tensors, super-steps
-that touch one row of the slab alone, and the host as an owner are ours.
+Where the owner is the host, a step is several programs instead: ``host_layers``.
+Source: the SiDP paper (arXiv 2605.28095); the order of the tensors, and super-steps
+that touch one row of the slab alone, are ours.
 """
 
 from __future__ import annotations
@@ -55,15 +54,13 @@ def run_layers(
     head, *after = spans(context.layout)
     if not after:
         return run_resident(context, weights.resident, head, x, kv)
-    if context.layout.on_host:
-        return _run_from_host(context, weights, x, kv)
     size = context.layout.pool_size
     ordered = [head, *after]
     behind = [
         ordered[first : min(first + size, len(after))] for first in range(0, len(after), size)
     ]
     slab = local_slab(weights.pooled)
-    vectors = _gather_vectors(slab) if size > 1 else None
+    vectors = _gather_vectors(slab)
     first = _Source(slab, vectors, 0, 0, context.platform)
     stages = _Stages(context, first.spec())
 
@@ -126,85 +123,6 @@ def _run_fetched(
     last, (gated, early, down) = source.fetch(row, [_DOWN], after=tied)
     x = stages.down({_DOWN: down}, x, gated)
     return x, kv, {**early, **late, **last, **source.vectors()}
-
-
-def _run_from_host(
-    context: LayerContext, weights: Weights, x: jax.Array, kv: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """``run_layers`` where the host owns the pooled layers: each is copied beneath those before it.
-
-    XLA has two copies under way at most, and lets the compute wait for the one before the last
-    wherever another one starts. So two copies of a layer start at first, in a second buffer, and
-    the others later, when half of the one before should have arrived: they are spread over the
-    layers that are computed meanwhile.
-    """
-    ordered, slab = spans(context.layout), local_slab(weights.pooled)
-    stages = _Stages(context, _Source(slab, None, 0, 0, context.platform, True).spec())
-    fetched: LayerParams = {}
-    for row, span in enumerate(ordered):
-        layers = [] if span.pooled is None else [(fetched, span.pooled)]
-        for offset, layer in enumerate(span.resident):
-            layers.append((take(weights.resident, span.first_resident + offset), layer))
-        source = _Source(slab, None, row, 0, context.platform, True)
-        pending = _copies(stages.specs) if row < len(slab) else []
-        fetched = source.vectors() if pending else {}
-        x, kv, arriving = _run_beneath(stages, layers, source, pending, x, kv)
-        fetched |= arriving
-    return x, kv
-
-
-def _copies(specs: LayerParams) -> list[tuple[float, list[str]]]:
-    """Which kernels to start copying after which share of the layers before, in order."""
-    sizes = {name: specs[name].size for name in _KERNELS}
-    whole, (into, out) = sum(sizes.values()), ATTENTION
-    up_at = (sizes[into] + sizes[out] / 2) / whole
-    down_at = (sizes[into] + sizes[out] + sizes[_UP] / 2) / whole
-    return [(0.0, [into, out]), (up_at, [_UP]), (down_at, [_DOWN])]
-
-
-def _run_beneath(
-    stages: _Stages,
-    layers: Sequence[tuple[LayerParams, Index]],
-    source: _Source,
-    pending: list[tuple[float, list[str]]],
-    x: jax.Array,
-    kv: KVCache,
-) -> tuple[jax.Array, KVCache, LayerParams]:
-    """Runs layers whose weights are here while another one's are copied.
-
-    Args:
-        stages: The parts of a layer.
-        layers: Parameters and numbers of the layers.
-        source: Where the other one is.
-        pending: What ``_copies`` returned; nothing after the last fetched layer.
-        x: Residual stream, ``[tokens, hidden]``.
-        kv: This replica's cache.
-
-    Returns:
-        The activations and the cache after the layers, and the other one's kernels.
-    """
-    sizes = {name: stages.specs[name].size for name in _KERNELS}
-    whole = max(1, len(layers)) * sum(sizes.values())
-    arriving: LayerParams = {}
-    done, pending = 0, list(pending)
-
-    def start(share: float, after: jax.Array) -> jax.Array:
-        while pending and pending[0][0] <= share:
-            _, names = pending.pop(0)
-            row, after = source.read(names, after=after)
-            copies, after = source.fetch(row, names, after=after)
-            arriving.update(copies)
-        return after
-
-    for params, layer in layers:
-        x, kv = stages.attention(_only(params, ATTENTION), layer, start(done / whole, x), kv)
-        done += sum(sizes[name] for name in ATTENTION)
-        x = start(done / whole, x)
-        gated = stages.up(_only(params, [_UP]), x)
-        done += sizes[_UP]
-        x = stages.down(_only(params, [_DOWN]), x, start(done / whole, gated))
-        done += sizes[_DOWN]
-    return start(1.0, x), kv, arriving
 
 
 def _only(buffer: LayerParams, kernels: Sequence[str]) -> LayerParams:
@@ -271,20 +189,18 @@ class _Source:
 
     Attributes:
         slab: The rows of this replica.
-        gathered: What ``_gather_vectors`` returns; None in a pool of one.
+        gathered: What ``_gather_vectors`` returns.
         row: The row's number.
         owner: The replica.
         platform: ``gpu`` broadcasts from the owner; the CPU, which has no broadcast, sums over
             replicas that hold zeros except the owner, to the same bits.
-        on_host: Whether the owner is the host.
     """
 
     slab: LayerStack
-    gathered: LayerParams | None
+    gathered: LayerParams
     row: Index
     owner: int
     platform: str
-    on_host: bool = False
 
     def spec(self) -> LayerParams:
         """Shape and type of each of the layer's parameters."""
@@ -292,9 +208,6 @@ class _Source:
 
     def vectors(self) -> LayerParams:
         """The layer's small parameters, which are here already."""
-        if self.gathered is None:
-            row = take(self.slab, self.row).items()
-            return {name: array for name, array in row if name not in _KERNELS}
         return {name: array[self.owner, self.row] for name, array in self.gathered.items()}
 
     def read(self, names: Sequence[str], *, after: Tied) -> tuple[LayerParams, Tied]:
@@ -326,9 +239,6 @@ class _Source:
         """
         wanted = {name: kernels[name] for name in names}
         with jax.named_scope("fetch"):
-            if self.on_host:
-                wanted, after = jax.lax.optimization_barrier((wanted, after))
-                return jax.device_put(wanted, jax.memory.Space.Device), after
             if self.platform != "gpu":
                 mine = (jax.lax.axis_index(POOL) == self.owner) & _true_after(after)
                 kept = {name: jnp.where(mine, array, 0) for name, array in wanted.items()}
