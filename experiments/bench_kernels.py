@@ -11,7 +11,7 @@ A sweep does the same for variants of the prefill kernel, compiled side by side:
 
 import argparse
 import dataclasses
-import functools
+import itertools
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,7 @@ from report import Report
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention, ragged_attention_reference
 from sidp_jax.kernels.ragged_attention_mosaic import (
+    PREFILL_ORDERS,
     PREFILL_PRODUCTS,
     TuningConfig,
     ragged_attention_mosaic,
@@ -296,13 +297,11 @@ def bench_attention(report: dict, only: tuple[str, ...]) -> None:
 
 def prefill_variants() -> dict[str, TuningConfig]:
     """The ways to cut prefill work that are compared, the default first."""
-    longest = functools.partial(TuningConfig, prefill_order="longest")
-    variants = {"apart 128 x 2, by rows": TuningConfig()}
-    for products in PREFILL_PRODUCTS:
-        variants[f"{products} 128 x 2"] = longest(prefill_products=products)
-    overlapped = functools.partial(longest, prefill_products="overlapped")
-    variants["overlapped 64 x 4"] = overlapped(prefill_block_kv=64, prefill_stages=4)
-    variants["overlapped, no turns"] = overlapped(prefill_turns=False)
+    variants = {"default": TuningConfig()}
+    for products, order in itertools.product(PREFILL_PRODUCTS, PREFILL_ORDERS):
+        config = TuningConfig(prefill_products=products, prefill_order=order)
+        if config != variants["default"]:
+            variants[f"{products}, {order}"] = config
     return variants
 
 

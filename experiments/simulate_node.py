@@ -267,18 +267,25 @@ def grid_job(options: Sequence[Option], prompt: int, output: int) -> Job:
     return Job(prompt, output, count, PROMPT_SPREAD, OUTPUT_SPREAD, "grid")
 
 
+def simulated_figures(profile: dict[str, Any]) -> dict[str, Any]:
+    """What of a profile the simulation of a node uses: no text, and no layers from the host."""
+    left_out = ("source", "assumptions", "host_bandwidth")
+    return {key: value for key, value in profile.items() if key not in left_out}
+
+
 def run_grid(
     hardware: Sequence[str], models: Sequence[str], report: dict[str, Any]
 ) -> Iterator[None]:
     """Simulates every workload on every node; the report grows by one at each turn.
 
-    What the report already has is left as it is, unless the profile has changed since.
+    What the report already has is left as it is, unless the profile has changed since in what
+    counts for it.
     """
     shapes = {shape: ModelConfig.from_pretrained(_SHAPES / shape) for shape in models}
     profiles = json.loads(json.dumps({name: as_values(load_profile(name)) for name in hardware}))
     for name, shape in product(hardware, models):
         where = f"{GPUS} x {name}, {shape}"
-        if report["profiles"].get(name) != profiles[name]:
+        if simulated_figures(report["profiles"].get(name, {})) != simulated_figures(profiles[name]):
             report["nodes"].pop(where, None)
         node = report["nodes"].setdefault(where, {"workloads": []})
         node["kv_capacity"] = kv_capacity(shapes[shape], name)

@@ -8,9 +8,8 @@ Two kernels share one entry, `ragged_attention_mosaic`:
   (Stream-K: Osama et al. 2023; merging by log-sum-exp: Dao et al., Flash-Decoding, 2023.)
 - prefill: rows with more queries, FlashAttention 3 (Shah et al. 2024): one producer warpgroup moves
   K and V through a ring in shared memory, two consumers take turns on the tensor cores and in the
-  softmax. Its second overlap, of one tile's scores with the values of the tile before inside a
-  warpgroup, is a variant (`TuningConfig.prefill_products`) that has not been timed. An earlier form
-  was 7% slower, since ptxas put the products in sequence.
+  softmax. Its second overlap, of one tile's softmax with the values of the tile before inside a
+  warpgroup, was 1 to 11% slower than issuing both products at once.
 
 Which row goes where is decided on the device, by a plan of a few small integer arrays. The plan
 depends on the batch alone: XLA computes it once for all layers of a step.
@@ -26,16 +25,13 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float, Int
 
 from sidp_jax.kernels.mosaic import gpu_kernel, in_place, load
 
 ROWS = 64  # rows of one wgmma
 MIN_TILES = 8  # of a decode worker that has work, if there is enough of it
-PREFILL_PRODUCTS = ("apart", "chained", "overlapped")
+PREFILL_PRODUCTS = ("apart", "chained")
 PREFILL_ORDERS = ("rows", "longest")
 UNSEEN = -1e30  # peak of no keys: finite, so that a row of masks alone has weights of zero
 LOG2E = math.log2(math.e)
@@ -54,10 +50,8 @@ class TuningConfig:
         prefill_block_kv: keys of one prefill tile.
         prefill_stages: tiles in the ring of a prefill block.
         prefill_products: how a prefill consumer multiplies. "apart": scores, softmax, values, one
-            after the other. "chained": the values of a tile and the scores of the next at once,
-            across items too. "overlapped": the same, scores first, and the softmax begins while
-            the values are still being multiplied.
-        prefill_turns: whether the consumers take turns on the tensor cores; "apart" always does.
+            after the other; 1 to 2% faster where contexts are long. "chained": the values of a tile
+            and the scores of the next at once, across items too; 15% faster for short prompts.
         prefill_order: "rows": row by row, the longest context first, and in a row head by head.
             "longest": the query tiles with the longest contexts first, of whatever row, with all
             their heads; so every block gets the same amount of work, within one tile.
@@ -69,15 +63,12 @@ class TuningConfig:
     decode_stages: int = 3
     prefill_block_kv: int = 128
     prefill_stages: int = 2
-    prefill_products: str = "apart"
-    prefill_turns: bool = True
-    prefill_order: str = "rows"
+    prefill_products: str = "chained"
+    prefill_order: str = "longest"
 
     def __post_init__(self):
         if self.prefill_products not in PREFILL_PRODUCTS:
             raise ValueError(f"{self.prefill_products=} must be one of {PREFILL_PRODUCTS}")
-        if self.prefill_products == "apart" and not self.prefill_turns:
-            raise ValueError(f"{self.prefill_products=} needs prefill_turns=True")
         if self.prefill_order not in PREFILL_ORDERS:
             raise ValueError(f"{self.prefill_order=} must be one of {PREFILL_ORDERS}")
         for name in ("decode_block_kv", "prefill_block_kv"):
@@ -270,28 +261,6 @@ def _softmax_step(qk, acc, peak, total, factor: float):
     return weights, acc, new_peak, total * shrink
 
 
-def _settle(sums, scratch_ref):
-    """Keep what `sums` is made of before whatever waits next.
-
-    ptxas moves arithmetic past the waits for products, unless an access to memory needs it: here a
-    store that never happens, as no sum of weights is negative.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(_ROW_LAYOUT, plgpu.RefType()))
-    def store_if_negative(ctx, sums, scratch):
-        del ctx
-        pointer = mgpu.utils.memref_ptr(scratch)
-        for x in sums.registers.flat:
-            if isinstance(x.type, ir.VectorType):
-                x = vector.extract(x, dynamic_position=[], static_position=[0])
-            code = "{ .reg .pred p; setp.lt.f32 p, $0, 0f00000000; @p st.shared.f32 [$1], $0; }"
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [x, pointer], code, "f,l", has_side_effects=True
-            )
-
-    store_if_negative(sums, scratch_ref)
-
-
 def _iota(shape, axis: int, *, interpret: bool):
     if interpret:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -348,7 +317,6 @@ def _decode_kernel(
     page_size = k_ref.shape[1]
     block, streams = config.decode_block_kv, config.decode_streams
     k_stages, v_stages = config.decode_stages, config.decode_stages - 1
-    span = _span(groups)
     thread = lax.axis_index("wg")
     stream = lax.rem(thread, jnp.int32(streams))
     worker = lax.axis_index("block") * streams + stream
@@ -371,9 +339,8 @@ def _decode_kernel(
             head, first, count = _segment(row, position, end)
             query = row.token * (kv_heads * groups) + head * groups
             pl.when(segments > 0)(lambda: plgpu.barrier_wait(q_free.at[stream]))
-            # Rows past `groups` are other heads' queries, or zeros past the last.
-            source = q_ref.at[pl.ds(query, span)]
-            destination = q_smem.at[stream, pl.ds(0, span)]
+            source = q_ref.at[pl.ds(query, groups)]
+            destination = q_smem.at[stream, pl.ds(0, groups)]
             plgpu.copy_gmem_to_smem(source, destination, q_full.at[stream])
             last_page = _cdiv(row.context, page_size) - 1
             base = layer_base + head * num_pages
@@ -417,7 +384,7 @@ def _decode_kernel(
     def _consumer():
         plgpu.set_max_registers(208 if streams <= 2 else 152, action="increase")
         o = o_smem.at[stream]
-        rows = pl.ds(0, span)
+        rows = pl.ds(0, groups)
 
         def segment(carry):
             position, d, step, row = carry
@@ -465,7 +432,7 @@ def _decode_kernel(
             def _write():
                 query = row.token * (kv_heads * groups) + head * groups
                 plgpu.commit_smem()
-                _store_heads(o, out_ref, query, groups)
+                plgpu.copy_smem_to_gmem(o.at[rows], out_ref.at[pl.ds(query, groups)])
 
             @pl.when(jnp.logical_not(complete))
             def _write_part():
@@ -487,23 +454,6 @@ def _decode_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _span(groups: int) -> int:
-    """Rows that copies of a pair's queries and parts take: up to 8, or 16.
-
-    Ratios of 9, 11 and 13 once failed on an H200 where those up to 8, and 16, did not. With whole
-    groups of eight rows a ratio between 9 and 15 moves what 16 does.
-    """
-    return groups if groups <= 8 else 16
-
-
-def _store_heads(o_smem, out_ref, query, groups: int) -> None:
-    """Store the first `groups` rows at `query`; up to 8 and 16 in one piece, see `_span`."""
-    sizes = [groups] if groups in (*range(1, 9), 16) else [8, groups - 8]
-    for low, size in zip((0, 8), sizes, strict=False):
-        target = out_ref.at[pl.ds(query + low, size)]
-        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(low, size)], target)
-
-
 def _load(ref, layout, *, interpret: bool):
     if interpret:
         return ref[...]
@@ -511,7 +461,7 @@ def _load(ref, layout, *, interpret: bool):
 
 
 def _merge_kernel(
-    part_ref,  # [2 * workers, 2, _span(groups), head_dim]
+    part_ref,  # [2 * workers, 2, groups, head_dim]
     stat_ref,  # [2 * workers, 64]
     *refs,
     kv_heads: int,
@@ -534,7 +484,7 @@ def _merge_kernel(
 
     @pl.when((place < last) & (begin < place) & (before <= begin))
     def _merge():
-        rows = pl.ds(0, _span(groups))
+        rows = pl.ds(0, groups)
 
         def load(part):
             plgpu.commit_smem()
@@ -568,7 +518,7 @@ def _merge_kernel(
         part_smem[0] = value.astype(out_ref.dtype)
         plgpu.commit_smem()
         query = plan.token[d] * (kv_heads * groups) + head * groups
-        _store_heads(part_smem.at[0], out_ref, query, groups)
+        plgpu.copy_smem_to_gmem(part_smem.at[0, rows], out_ref.at[pl.ds(query, groups)])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -791,7 +741,7 @@ def _chained_prefill_kernel(
     """
     plan = PrefillPlan(*refs[:8])
     out_ref, q_smem, o_smem, k_smem, v_smem = refs[8:13]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn, settle_smem = refs[13:]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[13:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
@@ -882,15 +832,12 @@ def _chained_prefill_kernel(
 
         # A consumer multiplies when the other has handed the tensor cores over.
         def pass_turn():
-            if config.prefill_turns:
-                plgpu.barrier_arrive(turn.at[1 - wg])
+            plgpu.barrier_arrive(turn.at[1 - wg])
 
         def wait_turn():
-            if config.prefill_turns:
-                plgpu.barrier_wait(turn.at[wg])
+            plgpu.barrier_wait(turn.at[wg])
 
-        if config.prefill_turns:
-            pl.when(wg == 1)(pass_turn)
+        pl.when(wg == 1)(pass_turn)
 
         def tile(i, state, *, item, round_, step, masked: bool):
             """Scores and softmax of the item's tile `i`, beside the values of the tile before."""
@@ -925,19 +872,6 @@ def _chained_prefill_kernel(
 
                 def scope(scores_ref, acc_ref):
                     acc_ref[...] = acc
-                    if config.prefill_products == "overlapped":
-                        plgpu.wgmma(scores_ref, q, keys.transpose((1, 0)))
-                        plgpu.wgmma(acc_ref, weights, values)
-                        pass_turn()
-                        qk = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                        # The barriers keep the softmax between the two waits. The new weights
-                        # are rounded after the second: the old ones are in use until then, and
-                        # the compiler would give both the same registers.
-                        results = softmax(lax.optimization_barrier(qk))
-                        results = lax.optimization_barrier(results)
-                        _settle(results[3], settle_smem)
-                        after = acc_ref[...]
-                        return lax.optimization_barrier((*results, after))
                     plgpu.wgmma(acc_ref, weights, values)
                     plgpu.wgmma(scores_ref, q, keys.transpose((1, 0)))
                     pass_turn()
@@ -1034,8 +968,7 @@ def _chained_prefill_kernel(
             store(out, total, item, rounds - 1)
             release(rounds - 1)
 
-        if config.prefill_turns:
-            pl.when(wg == 0)(wait_turn)
+        pl.when(wg == 0)(wait_turn)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -1066,9 +999,12 @@ def check_fits(q, k_pages, block_tables, config: TuningConfig) -> None:
         raise ValueError(f"{head_dim=} must be 64 or 128 for the mosaic kernels; use 'reference'")
     if page_size not in (16, 32, 64, 128):
         raise ValueError(f"{page_size=} must be 16, 32, 64 or 128 for the mosaic kernels")
-    if heads // kv_heads > 16:
+    if heads // kv_heads not in (*range(1, 9), 16):
+        # With 9, decode rows of one or two tiles behind another such row got foreign queries on
+        # an H200, and 11 and 13 failed too; interpreted and as PTX the kernel shows no difference.
         raise ValueError(
-            f"{heads=} / {kv_heads=} must be at most 16 for the mosaic kernels; use 'reference'"
+            f"{heads=} / {kv_heads=} must be 1 to 8 or 16 for the mosaic kernels; use 'reference' "
+            "or 'cudnn'"
         )
     if q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"{q.dtype=} and {k_pages.dtype=} must both be bfloat16 (or float16)")
@@ -1179,7 +1115,7 @@ def _call_decode(q, shared, plan, static, interpret):
         functools.partial(_decode_kernel, **static),
         out_type=[
             jax.ShapeDtypeStruct((q.shape[0] * q.shape[1], head_dim), q.dtype),
-            jax.ShapeDtypeStruct((parts, 2, _span(groups), head_dim), q.dtype),
+            jax.ShapeDtypeStruct((parts, 2, groups, head_dim), q.dtype),
             jax.ShapeDtypeStruct((parts, ROWS), jnp.float32),
         ],
         scratch=[
@@ -1252,7 +1188,6 @@ def _call_prefill(out_ref, q, shared, plan, static, interpret):
             free,
             free,
             turn,
-            *(() if apart else (plgpu.SMEM((ROWS,), jnp.float32),)),
         ],
         grid=config.num_sms,
         warpgroups=3,
