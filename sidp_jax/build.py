@@ -87,7 +87,7 @@ def build_engine(config: EngineConfig) -> Engine:
     )
     pages = _num_pages(config, program, weights, shapes, steps, max_model_len)
     runner = Runner(program, weights, replace(shapes, num_kv_pages=pages), steps)
-    runner.warm_up()
+    _warm_up(runner, config)
     engine = Engine(
         runner,
         Scheduler(
@@ -115,6 +115,21 @@ def build_engine(config: EngineConfig) -> Engine:
     gc.collect()
     gc.freeze()
     return engine
+
+
+def _warm_up(runner: Runner, config: EngineConfig) -> None:
+    """``Runner.warm_up``, whose failure for want of memory says what to set."""
+    try:
+        runner.warm_up()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if "allocat" not in reason and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise ConfigError(
+            f"gpu_memory_utilization={config.gpu_memory_utilization} leaves too little memory for "
+            f"what programs and collectives take beside it ({reason:.200}); lower it, or set fewer "
+            "num_kv_pages"
+        ) from error
 
 
 def _settle(config: EngineConfig) -> tuple[ModelConfig, StepProgram, Policy]:

@@ -28,6 +28,9 @@ Platform = Literal["cpu", "gpu"]
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # jax preallocates this much more than the engine plans with, for what it cannot see.
 _PREALLOCATION_MARGIN = 0.03
+# With several GPUs it has to leave more: collectives allocate for themselves, outside of jax's
+# share. On two H100s 0.95 of the memory left too little for the reductions of a replica.
+_MARGIN_WITH_COLLECTIVES = 0.01
 _PINNED_DEFAULT_GB = 64
 
 
@@ -142,7 +145,9 @@ def start_jax(config: EngineConfig) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
     _add_xla_flags(xla_flags(platform, config.num_devices))
     if platform == "gpu":
-        fraction = min(config.gpu_memory_utilization + _PREALLOCATION_MARGIN, 0.98)
+        several = config.num_devices > 1
+        margin = _MARGIN_WITH_COLLECTIVES if several else _PREALLOCATION_MARGIN
+        fraction = min(config.gpu_memory_utilization + margin, 0.98)
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.2f}")
     if config.pool_host_layers:
         os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(_pinned_gb(config)))

@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from fakes import save_ascii_tokenizer
@@ -8,6 +9,7 @@ from fakes import save_ascii_tokenizer
 from sidp_jax import LLM, SamplingParams
 from sidp_jax.config import ConfigError
 from sidp_jax.request import RequestError
+from sidp_jax.runner import Runner
 
 GOLDEN = Path(__file__).with_name("golden") / "qwen3"
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -179,3 +181,20 @@ def test_without_a_tokenizer_only_token_ids(llm, monkeypatch):
         llm.generate("hello")
     with pytest.raises(RequestError, match="stop strings need a tokenizer"):
         llm.generate([5], SamplingParams(stop="x"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "message"),
+    [
+        ("INTERNAL: Failed to allocate Scratch 0", ConfigError, "=0.92 leaves too .* lower it"),
+        ("RESOURCE_EXHAUSTED: Out of memory", ConfigError, "leaves too little memory"),
+        ("INTERNAL: no such kernel", jax.errors.JaxRuntimeError, "no such kernel"),
+    ],
+)
+def test_too_little_memory_says_what_to_set(monkeypatch, reason, error, message):
+    def fail(_):
+        raise jax.errors.JaxRuntimeError(f"{reason}\n[executable_name='jit__forward']")
+
+    monkeypatch.setattr(Runner, "warm_up", fail)
+    with pytest.raises(error, match=message):
+        LLM(model=GOLDEN, dtype="float32", platform="cpu", max_model_len=80, max_num_seqs=4)
