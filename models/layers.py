@@ -103,12 +103,7 @@ class Linear(nnx.Module):
             first = kernel.ndim - self.num_in
             contract = (tuple(range(1, x.ndim)), tuple(range(first, kernel.ndim)))
             y = jax.lax.dot_general(x, kernel, (contract, ((), ())))
-        if self.bias is None:
-            return y
-        # On a matrix and a vector, so that a GEMM library adds it while it writes the product:
-        # otherwise XLA spreads the bias over all tokens first, by a kernel in every layer.
-        flat = y.reshape(y.shape[0], -1) + self.bias[...].reshape(-1)
-        return flat.reshape(y.shape)
+        return y if self.bias is None else y + self.bias[...]
 
 
 def rope_inverse_frequencies(
