@@ -293,8 +293,6 @@ def _configured(
             "pool_size x tensor_parallel_size; change one of them"
         )
     check_tensor_parallel(config, model)
-    if config.pool_size == 1 and not config.pool_host_layers:
-        config = replace(config, mode=REPLICATED)  # every layer is at home, whatever the mode
     policy = make_policy(config, model, hardware)
     return Candidate(
         pool_size=config.pool_size,

@@ -16,10 +16,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def is_plain(config: EngineConfig) -> bool:
-    """Whether every layer is at home: in ``replicated``, and by ``auto`` in a pool of one."""
-    if config.pool_host_layers:
-        return False
-    return config.mode == REPLICATED or (config.mode == "auto" and config.pool_size == 1)
+    """Whether all layers are at home: in ``replicated``, and in a pool of one, whatever the mode."""
+    return not config.pool_host_layers and (config.mode == REPLICATED or config.pool_size == 1)
 
 
 def layout_of(config: EngineConfig, model: ModelConfig) -> PoolLayout:

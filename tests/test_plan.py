@@ -50,6 +50,7 @@ from sidp_jax.plan_search import (
     tensor_sizes,
 )
 from sidp_jax.pool import PoolLayout
+from sidp_jax.settle import is_plain, modes_of
 from sidp_jax.weights import nbytes_per_device, weights_spec
 
 SHAPES = Path(__file__).parents[1] / "experiments" / "shapes"
@@ -641,3 +642,11 @@ def test_the_figure_shows_times_and_bytes(monkeypatch, tmp_path, capsys):
     assert len(bytes_.barh.call_args_list) == 5
     assert "estimated" in figure.suptitle.call_args.args[0]
     assert figure.savefig.call_args.args == (path,)
+
+
+@pytest.mark.parametrize("mode", ["was", "cas", "auto", "replicated"])
+def test_a_pool_of_one_is_plain(mode):
+    config = plan.load_config("qwen72b.yaml", ["pool_size=1", f"mode={mode}", "model=m"])
+    assert is_plain(config)
+    assert modes_of(config, load_profile("h200")) == (REPLICATED,)
+    assert not is_plain(replace(config, pool_size=2, mode="was"))
