@@ -16,7 +16,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def is_plain(config: EngineConfig) -> bool:
-    """Whether all layers are at home: in ``replicated``, and in a pool of one, whatever the mode."""
+    """Whether all layers are at home: in ``replicated``, and in a pool of one in any mode."""
     return not config.pool_host_layers and (config.mode == REPLICATED or config.pool_size == 1)
 
 
