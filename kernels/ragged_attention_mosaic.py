@@ -396,7 +396,6 @@ def _decode_kernel(
             plgpu.barrier_wait(q_full.at[stream])
             # Rows past `groups` hold what was there before: they stay apart.
             q = _load(q_smem.at[stream], plgpu.Layout.WGMMA, interpret=interpret)
-            plgpu.barrier_arrive(q_free.at[stream])
 
             def tile(i, state, masked: bool):
                 acc, peak, total = state
@@ -404,6 +403,9 @@ def _decode_kernel(
                 plgpu.barrier_wait(k_full.at[barrier])
                 qk = _scores(q, k_smem.at[stream, slot], block, interpret=interpret)
                 plgpu.barrier_arrive(k_free.at[barrier])
+                # Not before: ptxas lets an arrival pass loads that it follows, and only a product
+                # shows that the queries are in registers.
+                pl.when(i == 0)(lambda: plgpu.barrier_arrive(q_free.at[stream]))
                 if masked:
                     position = (first + i) * block + _iota((ROWS, block), 1, interpret=interpret)
                     qk = jnp.where(position < context, qk, -jnp.inf)
@@ -1000,8 +1002,8 @@ def check_fits(q, k_pages, block_tables, config: TuningConfig) -> None:
     if page_size not in (16, 32, 64, 128):
         raise ValueError(f"{page_size=} must be 16, 32, 64 or 128 for the mosaic kernels")
     if heads // kv_heads not in (*range(1, 9), 16):
-        # With 9, decode rows of one or two tiles behind another such row got foreign queries on
-        # an H200, and 11 and 13 failed too; interpreted and as PTX the kernel shows no difference.
+        # 9, 11 and 13 failed on an H200, where short decode rows got foreign queries: see the
+        # release of the queries in `_decode_kernel`. They have not been tried since it was moved.
         raise ValueError(
             f"{heads=} / {kv_heads=} must be 1 to 8 or 16 for the mosaic kernels; use 'reference' "
             "or 'cudnn'"
