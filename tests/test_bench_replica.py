@@ -14,6 +14,7 @@ from sidp_jax.models.config import ModelConfig
 sys.path.append(str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import bench_replica
+import mocked_pool
 from one_step import Form, Stepper, Work, compile_all
 
 MODEL = Path(__file__).resolve().parent.parent / "sidp_jax/assets/tiny_adder"
@@ -47,6 +48,12 @@ def form(**changes):
     }
     model = ModelConfig.from_pretrained(MODEL)
     return Form.make(model, make_mesh(POOL), 0, **settings | changes)
+
+
+def test_the_embedding_of_a_mocked_pool_needs_no_collective():
+    table = np.arange(12.0, dtype=np.float32).reshape(4, 3)
+    x = mocked_pool.local_embedding(None, jax.numpy.asarray(table), jax.numpy.array([1, 9, 4]))
+    np.testing.assert_array_equal(x, table[[1, 1, 0]])
 
 
 def test_small_steps_decode_and_large_ones_prefill():
