@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 
 import jax
 import jax.numpy as jnp
@@ -80,23 +80,22 @@ class Runner:
     def warm_up(self) -> None:
         """Compiles every program, allocates the cache, and runs each program on an empty batch.
 
-        Programs compile side by side, and before the cache is allocated: the compiler tries GEMMs
-        out on the device, which takes memory too.
+        Programs compile side by side, each from when it has been traced, and before the cache is
+        allocated: the compiler tries GEMMs out on the device, which takes memory too.
         """
         started = time.monotonic()
         pool = self.program.layout.pool_size
-        lowered = {step: self._lower_forward(*step) for step in self.steps}
-        samplers = {variant: self._lower_sampler(variant) for variant in SAMPLERS}
         new_state = jax.jit(
             lambda: jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._state_spec()
             ),
             out_shardings=self.program.per_replica(),
         ).lower()
-        traced = time.monotonic()
-        programs = iter(_compile_side_by_side([*lowered.values(), *samplers.values(), new_state]))
-        self._forward = {key: next(programs) for key in lowered}
-        self._sampler = {variant: next(programs) for variant in samplers}
+        forwards = (self._lower_forward(*step) for step in self.steps)
+        samplers = (self._lower_sampler(variant) for variant in SAMPLERS)
+        programs = iter(_compile_side_by_side(chain(forwards, samplers, [new_state])))
+        self._forward = {step: next(programs) for step in self.steps}
+        self._sampler = {variant: next(programs) for variant in SAMPLERS}
         self._new_state = next(programs)
         compiled = time.monotonic()
 
@@ -108,12 +107,11 @@ class Runner:
             self.launch(mode, variant, batch, batch.empty(pool))
         jax.block_until_ready(self._kv)
         logger.info(
-            "warm-up: %d forward and %d sampling programs: traced in %.1f s, compiled in %.1f s, "
+            "warm-up: %d forward and %d sampling programs: traced and compiled in %.1f s, "
             "first run in %.1f s",
             len(self._forward),
             len(self._sampler),
-            traced - started,
-            compiled - traced,
+            compiled - started,
             time.monotonic() - compiled,
         )
 
@@ -232,10 +230,10 @@ def num_pages_that_fit(
     sampler, *forwards = (
         compiled.memory_analysis()
         for compiled in _compile_side_by_side(
-            [
-                probe._lower_sampler("full"),
-                *(probe._lower_forward(*step) for step in largest.items()),
-            ],
+            chain(
+                [probe._lower_sampler("full")],
+                (probe._lower_forward(*step) for step in largest.items()),
+            ),
             untuned,
         )
     )
@@ -246,9 +244,9 @@ def num_pages_that_fit(
 
 
 def _compile_side_by_side(
-    lowered: Sequence[jax.stages.Lowered | LoweredHostForward],
+    lowered: Iterable[jax.stages.Lowered | LoweredHostForward],
     options: dict[str, int] | None = None,
 ) -> list[jax.stages.Compiled | CompiledHostForward]:
-    """Compiles programs in a thread each."""
+    """Compiles programs in a thread each, while the next ones are being traced."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(lambda program: program.compile(options), lowered))
