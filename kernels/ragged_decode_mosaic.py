@@ -219,8 +219,9 @@ def _decode_kernel(
                 if masked:
                     position = (first + i) * block + iota((ROWS, block), 1, interpret=interpret)
                     qk = jnp.where(position < context, qk, -jnp.inf)
-                weights, acc, peak, total = softmax_step(qk, acc, peak, total, factor)
-                total = total + weights.sum(axis=1)
+                weights, shrink, peak = softmax_step(qk, peak, factor)
+                acc = acc * over_keys(shrink, acc.shape)
+                total = total * shrink + weights.sum(axis=1)
                 weights = weights.astype(q_ref.dtype)
                 slot, barrier = in_ring(step + i, v_stages)
                 plgpu.barrier_wait(v_full.at[barrier])

@@ -88,8 +88,29 @@ def prefill_plan(
     return PrefillPlan(slots, slot_row, row, start, end, context, tiles, first)
 
 
-def _prefill_item(plan: PrefillPlan, item, *, config, kv_heads: int, groups: int, shared: int):
-    """Row, first token, heads and number of K/V tiles of one item of work."""
+class _Item(NamedTuple):
+    """One item of prefill work: what the two consumers of a block compute in one go."""
+
+    row: Any  # of the plan
+    head: Any  # of K and V
+    first_head: Any  # of the queries
+    token: Any  # first query of the tile
+    start: Any  # first query of the row
+    end: Any  # one past its last
+    context: Any
+    steps: Any  # tiles of K and V
+
+    def place(self, wg, shared: int):
+        """First query and head of a consumer's part; `shared` heads are computed in one block."""
+        if shared == 2:
+            return self.token, self.first_head + wg
+        return self.token + ROWS * wg, self.first_head
+
+
+def _prefill_item(
+    plan: PrefillPlan, item, *, config, kv_heads: int, groups: int, shared: int
+) -> _Item:
+    """Look one item of work up; one without keys has no tiles of them."""
     block_q = ROWS * 2 // shared
     pairs = groups // shared
     slot = lax.div(item, jnp.int32(kv_heads * pairs))
@@ -115,11 +136,11 @@ def _prefill_item(plan: PrefillPlan, item, *, config, kv_heads: int, groups: int
     token = lax.div(start, jnp.int32(8)) * 8 + (tiles - 1 - rank) * block_q
     visible = context - end + jnp.minimum(token + block_q, end)
     steps = cdiv(jnp.maximum(jnp.where(context > 0, visible, 0), 0), config.prefill_block_kv)
-    return d, head, first_head, token, start, end, context, steps
+    return _Item(d, head, first_head, token, start, end, context, steps)
 
 
 def _deal(plan: PrefillPlan, *, config, kv_heads: int, groups: int):
-    """Heads of one item, number of items, and the item that a block computes in each round."""
+    """Heads of one item, number of items, a block's item in each round, and how to look one up."""
     shared = 2 if groups % 2 == 0 else 1  # heads of one block
     sm = lax.axis_index("block")
     num_items = plan.first_slot[plan.first_slot.shape[0] - 1] * (kv_heads * (groups // shared))
@@ -129,7 +150,10 @@ def _deal(plan: PrefillPlan, *, config, kv_heads: int, groups: int):
         odd = lax.rem(round_, jnp.int32(2)) == 1
         return round_ * config.num_sms + jnp.where(odd, config.num_sms - 1 - sm, sm)
 
-    return shared, num_items, item_of
+    look_up = functools.partial(
+        _prefill_item, plan, config=config, kv_heads=kv_heads, groups=groups, shared=shared
+    )
+    return shared, num_items, item_of, look_up
 
 
 def _prefill_kernel(
@@ -153,13 +177,9 @@ def _prefill_kernel(
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
     wg = lax.axis_index("wg")
-    shared, num_items, item_of = _deal(plan, config=config, kv_heads=kv_heads, groups=groups)
-    describe = functools.partial(
-        _prefill_item, plan, config=config, kv_heads=kv_heads, groups=groups, shared=shared
+    shared, num_items, item_of, look_up = _deal(
+        plan, config=config, kv_heads=kv_heads, groups=groups
     )
-
-    def place_of(first_head, token, wg):
-        return (token, first_head + wg) if shared == 2 else (token + ROWS * wg, first_head)
 
     @pl.when(wg == 2)
     def _producer():
@@ -168,19 +188,20 @@ def _prefill_kernel(
 
         def body(carry):
             round_, step, loads = carry
-            d, head, first_head, token, _, _, context, steps = describe(item_of(round_))
+            item = look_up(item_of(round_))
+            steps = item.steps
 
             @pl.when(steps > 0)
             def _load_queries():
                 for i in range(2):
                     pl.when(loads > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
-                    first, q_head = place_of(first_head, token, i)
+                    first, q_head = item.place(i, shared)
                     source = q_ref.at[pl.ds(first, ROWS), q_head]
                     plgpu.copy_gmem_to_smem(source, q_smem.at[i], q_full.at[i])
 
-            row = plan.row[d]
-            last_page = jnp.maximum(cdiv(context, page_size) - 1, 0)
-            base = layer_base + head * num_pages
+            row = plan.row[item.row]
+            last_page = jnp.maximum(cdiv(item.context, page_size) - 1, 0)
+            base = layer_base + item.head * num_pages
 
             def tile(i, _):
                 n = step + i
@@ -223,9 +244,10 @@ def _prefill_kernel(
 
         def body(carry):
             round_, step = carry
-            _, _, first_head, token, start, end, context, steps = describe(item_of(round_))
-            token, q_head = place_of(first_head, token, wg)
-            shift = context - end + token  # position of the first row's query
+            item = look_up(item_of(round_))
+            steps = item.steps
+            token, q_head = item.place(wg, shared)
+            shift = item.context - item.end + token  # position of the first row's query
             pl.when(steps > 0)(lambda: plgpu.barrier_wait(q_full.at[wg]))
 
             def tile(i, state, masked: bool):
@@ -243,7 +265,9 @@ def _prefill_kernel(
                     query = shift + iota((ROWS, block), 0, interpret=interpret)
                     key = i * block + iota((ROWS, block), 1, interpret=interpret)
                     qk = jnp.where(query >= key, qk, -jnp.inf)
-                weights, acc, peak, total = softmax_step(qk, acc, peak, total, factor)
+                weights, shrink, peak = softmax_step(qk, peak, factor)
+                acc = acc * over_keys(shrink, acc.shape)
+                total = total * shrink
                 rounded = weights.astype(q_ref.dtype)
                 total = total + weights.sum(axis=1)
                 if not interpret:
@@ -267,25 +291,12 @@ def _prefill_kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_smem[wg] = acc.astype(q_ref.dtype)
             plgpu.commit_smem()
-            _store_rows(o_smem.at[wg], out_ref, token, q_head, start, end)
+            _store_rows(o_smem.at[wg], out_ref, token, q_head, item.start, item.end)
             return round_ + 1, step + steps
 
         lax.while_loop(lambda c: item_of(c[0]) < num_items, body, (jnp.int32(0), jnp.int32(0)))
         pl.when(wg == 0)(take_turn)
         plgpu.wait_smem_to_gmem(0)
-
-
-class _Item(NamedTuple):
-    """One item of prefill work: what the two consumers of a block compute in one go."""
-
-    row: Any  # of the plan
-    head: Any  # of K and V
-    first_head: Any  # of the queries
-    token: Any  # first query of the tile
-    start: Any  # first query of the row
-    end: Any  # one past its last
-    context: Any
-    steps: Any  # tiles of K and V
 
 
 def _chained_prefill_kernel(
@@ -316,21 +327,17 @@ def _chained_prefill_kernel(
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
     wg = lax.axis_index("wg")
-    shared, num_items, item_of = _deal(plan, config=config, kv_heads=kv_heads, groups=groups)
+    shared, num_items, item_of, look_up = _deal(
+        plan, config=config, kv_heads=kv_heads, groups=groups
+    )
     ring = functools.partial(lax.rem, y=jnp.int32(stages))
 
     def describe(round_) -> _Item:
         # Past the end it is the last item again: nobody asks, but the look-up must be in bounds.
         index = jnp.clip(item_of(round_), 0, jnp.maximum(num_items - 1, 0))
-        sizes = {"kv_heads": kv_heads, "groups": groups, "shared": shared}
-        item = _Item(*_prefill_item(plan, index, config=config, **sizes))
+        item = look_up(index)
         # Padding gets a tile too, all of it masked, so that every item has one.
         return item._replace(steps=jnp.maximum(item.steps, 1))
-
-    def place_of(item: _Item, wg):
-        if shared == 2:
-            return item.token, item.first_head + wg
-        return item.token + ROWS * wg, item.first_head
 
     @pl.when(wg == 2)
     def _producer():
@@ -348,7 +355,7 @@ def _chained_prefill_kernel(
                 for i in range(2):
                     place = q_slot * 2 + i
                     pl.when(round_ > 1)(lambda place=place: plgpu.barrier_wait(q_free.at[place]))
-                    first, q_head = place_of(item, i)
+                    first, q_head = item.place(i, shared)
                     source = q_ref.at[pl.ds(first, ROWS), q_head]
                     plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, i], q_full.at[place])
 
@@ -408,7 +415,7 @@ def _chained_prefill_kernel(
             slot, slot_before = ring(step + i), ring(step + i + (stages - 1))
             q = q_smem.at[lax.rem(round_, jnp.int32(2)), wg]
             keys, values = k_smem.at[slot], v_smem.at[slot_before]
-            token, _ = place_of(item, wg)
+            token, _ = item.place(wg, shared)
 
             def softmax(qk):
                 plgpu.barrier_arrive(k_free.at[slot])
@@ -418,11 +425,8 @@ def _chained_prefill_kernel(
                     query = shift - first_key + iota((ROWS, block), 0, interpret=interpret)
                     key = iota((ROWS, block), 1, interpret=interpret)
                     qk = jnp.where(query >= key, qk, -jnp.inf)
-                new_peak = jnp.maximum(peak, qk.max(axis=1) * factor)
-                shrink = jnp.exp2(peak - new_peak)
-                new = jnp.exp2(qk * factor - over_keys(new_peak, qk.shape))
-                sums = total * shrink + new.sum(axis=1)
-                return new, shrink, new_peak, sums
+                new, shrink, new_peak = softmax_step(qk, peak, factor)
+                return new, shrink, new_peak, total * shrink + new.sum(axis=1)
 
             plgpu.barrier_wait(k_full.at[slot])
             wait_turn()
@@ -460,7 +464,7 @@ def _chained_prefill_kernel(
             total = jnp.where(total == 0.0, 1.0, total)
             acc = acc * over_keys(1.0 / total, acc.shape)
             rounded = acc.astype(q_ref.dtype)
-            token, q_head = place_of(item, wg)
+            token, q_head = item.place(wg, shared)
             # What a whole tile needs is swizzled, so that its rows do not share banks; the item's
             # queries have made room for it. Pieces of a tile lie row by row.
             whole = (token >= item.start) & (token + ROWS <= item.end)
@@ -501,7 +505,7 @@ def _chained_prefill_kernel(
             free = lambda: pl.when(started)(lambda: release(round_ - 1))  # noqa: E731
             pl.when(item.steps == 1)(free)
             after = describe(round_ + 1)
-            token, _ = place_of(item, wg)
+            token, _ = item.place(wg, shared)
             seen = item.context - item.end + token + 1  # keys that the first query sees
             whole = jnp.clip(lax.div(jnp.maximum(seen, 0), jnp.int32(block)), 0, item.steps)
             edge = jnp.maximum(item.steps - whole, 1)

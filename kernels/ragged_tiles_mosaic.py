@@ -157,13 +157,15 @@ def over_keys(x, shape):
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def softmax_step(qk, acc, peak, total, factor: float):
-    """One block of the running softmax, in base 2; returns the weights too."""
+def softmax_step(qk, peak, factor: float):
+    """One block of the running softmax, in base 2.
+
+    Returns its weights, the factor that all sums so far shrink by, and the new running maximum.
+    """
     new_peak = jnp.maximum(peak, qk.max(axis=1) * factor)
     shrink = jnp.exp2(peak - new_peak)
     weights = jnp.exp2(qk * factor - over_keys(new_peak, qk.shape))
-    acc = acc * over_keys(shrink, acc.shape)
-    return weights, acc, new_peak, total * shrink
+    return weights, shrink, new_peak
 
 
 def iota(shape, axis: int, *, interpret: bool):
