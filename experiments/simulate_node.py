@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,8 @@ class Found:
         return cls(
             {size: option for size, option in plain.items() if option is not None},
             pools,
-            max(was.values(), key=_rate, default=None),
-            max(cas.values(), key=_rate, default=None),
+            max(was.values(), key=attrgetter("rate"), default=None),
+            max(cas.values(), key=attrgetter("rate"), default=None),
         )
 
     def named(self) -> dict[str, Option]:
@@ -153,10 +154,10 @@ class Found:
 
         ``plain DP`` and ``DP x TPn`` are plain, ``was``, ``cas`` and ``pooled`` (both) are pools.
         """
-        pooled = max(self.pools.values(), key=_rate, default=None)
+        pooled = max(self.pools.values(), key=attrgetter("rate"), default=None)
         pools = {"was": self.was, "cas": self.cas, "pooled": pooled}
         pools = {name: option for name, option in pools.items() if option is not None}
-        least = PROMISING * max(map(_rate, self.plain.values()), default=0.0)
+        least = PROMISING * max((option.rate for option in self.plain.values()), default=0.0)
         sizes = {1} | {option.candidate.tensor_size for option in pools.values()}
         plain = {
             "plain DP" if size == 1 else f"DP x TP{size}": option
@@ -170,10 +171,6 @@ class Found:
         options = [*self.plain.values(), *self.pools.values()]
         best = choose(replay_close(setting, options, workload), workload).best
         return None if best is None else best.option
-
-
-def _rate(option: Option) -> float:
-    return option.rate
 
 
 def compare(setting: Setting, lengths: Lengths) -> dict[str, Any]:

@@ -21,6 +21,14 @@ def rms_norm(
     return scale * (x32 * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+def rotary_tables(
+    positions: Int[Array, "tokens"], inverse_frequencies: Float[Array, "half"]
+) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+    """Cosine and sine of each position's angles, in float32."""
+    angles = positions[:, None].astype(jnp.float32) * inverse_frequencies[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(
     x: Float[Array, "tokens kv_heads heads head_dim"],
     positions: Int[Array, "tokens"],
@@ -33,9 +41,8 @@ def rotate(
         positions: position of each token in its sequence.
         inverse_frequencies: `[head_dim / 2]`, from `models.layers.rope_inverse_frequencies`.
     """
-    angles = positions[:, None].astype(jnp.float32) * inverse_frequencies[None, :]
-    cos = jnp.cos(angles)[:, None, None, :]
-    sin = jnp.sin(angles)[:, None, None, :]
+    tables = rotary_tables(positions, inverse_frequencies)
+    cos, sin = (table[:, None, None, :] for table in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

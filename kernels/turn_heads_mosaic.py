@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sidp_jax.kernels.mosaic import gpu_kernel, load
+from sidp_jax.kernels.turn_heads import rotary_tables
 
 ROWS = 64  # tokens of one tile
 BLOCKS = 264  # two blocks on each of the 132 multiprocessors of an H100 or H200
@@ -52,8 +53,7 @@ def turn_heads_mosaic(
     """`turn_heads` with the Hopper kernel; `interpret` runs it on the CPU (tests)."""
     check_fits(qkv)
     # Alike in all layers of a step: XLA makes the two tables once.
-    angles = positions[:, None].astype(jnp.float32) * inverse_frequencies[None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = rotary_tables(positions, inverse_frequencies)
     tokens, kv_heads, group, head_dim = qkv.shape
     queries, half = group - 2, head_dim // 2
     tiles = pl.cdiv(tokens, ROWS)

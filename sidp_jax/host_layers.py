@@ -35,7 +35,7 @@ from sidp_jax.models.decoder import LayerParams
 from sidp_jax.modes.loop import Span, local_slab, spans
 from sidp_jax.modes.policy import WAS
 from sidp_jax.pool import PoolLayout
-from sidp_jax.weights import HOST_MEMORY, Weights, nbytes_per_device, partitions
+from sidp_jax.weights import Weights, is_on_host, nbytes_per_device, partitions
 
 if TYPE_CHECKING:
     from sidp_jax.step import StepProgram
@@ -69,7 +69,7 @@ class Arrivals:
         """
         if self._source is not source:
             self._source, self._layer = None, {}  # the one before may go first
-            kernels = {name: leaf for name, leaf in source.items() if _is_on_host(leaf)}
+            kernels = {name: leaf for name, leaf in source.items() if is_on_host(leaf)}
             sharding = {name: _on_device(leaf).sharding for name, leaf in kernels.items()}
             self._layer = {**source, **jax.device_put(kernels, sharding)}
             self._source = source
@@ -144,7 +144,7 @@ class HostForward:
         end = partial(_end, widest=self.widest)
         parts["end"] = self._lower(end, result, outer, x, last_tokens, buffer)
         # What the step before sent for is the first layer again if there is no other.
-        fetched = [row[name] for name, leaf in weights.pooled[0].items() if _is_on_host(leaf)]
+        fetched = [row[name] for name, leaf in weights.pooled[0].items() if is_on_host(leaf)]
         held = [weights, [fetched] * min(2, len(weights.pooled)), kv, last_tokens, buffer]
         kv_bytes = nbytes_per_device(kv)
         memory = StepMemory(nbytes_per_device(held), kv_bytes, nbytes_per_device(x), kv_bytes)
@@ -320,10 +320,6 @@ def _layers_of(span: Span, weights: Weights, fetched: LayerParams | None) -> _La
 def _periods(layout: PoolLayout) -> list[Span]:
     """The periods, of which the first may have no layer, and then is none."""
     return [span for span in spans(layout) if any(span.shape)]
-
-
-def _is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    return leaf.sharding.memory_kind == HOST_MEMORY
 
 
 def _on_device(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

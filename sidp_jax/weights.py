@@ -112,5 +112,10 @@ def nbytes_per_device(spec: Any) -> int:
     return sum(
         jnp.dtype(leaf.dtype).itemsize * prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(spec)
-        if leaf.sharding.memory_kind != HOST_MEMORY
+        if not is_on_host(leaf)
     )
+
+
+def is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array lies in the host's pinned memory."""
+    return leaf.sharding.memory_kind == HOST_MEMORY

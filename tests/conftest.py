@@ -14,6 +14,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="sidp_jax_tests_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -22,3 +24,12 @@ install_import_hook("sidp_jax", "beartype.beartype")
 # Runs are reproducible, and a slow machine is no failure.
 settings.register_profile("sidp_jax", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("sidp_jax")
+
+
+@pytest.fixture
+def hopper():
+    """The GPU that our kernels are for; without one the test is skipped."""
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) != "9.0":
+        pytest.skip("needs a Hopper GPU")
+    return device

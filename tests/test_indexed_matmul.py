@@ -28,14 +28,6 @@ from sidp_jax.models.layers import Linear
 LIMIT = 1e-2  # relative error in bfloat16
 
 
-@pytest.fixture
-def hopper():
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
-    return device
-
-
 def make(tokens, outputs, inputs, rows, *, dtype=jnp.bfloat16, seed=0, form="stacked"):
     """Activations, and weights whose rows differ."""
     keys = jax.random.split(jax.random.key(seed))

@@ -11,14 +11,6 @@ from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.kv_update_mosaic import update_kv_mosaic
 
 
-@pytest.fixture
-def hopper():
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
-    return device
-
-
 def make_update(*, layers=2, kv_heads=2, pages=4, page_size=16, head_dim=64, tokens=9, seed=0):
     """Caches, new K and V, layer and slots (some of them -1) of an update in bfloat16."""
     rng = np.random.default_rng(seed)

@@ -20,14 +20,6 @@ LIMIT = 1e-2  # relative error in bfloat16
 RATIOS = (*range(1, 9), 16)  # query heads to a key head
 
 
-@pytest.fixture
-def hopper():
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
-    return device
-
-
 def make_batch(rows, *, heads, kv_heads, head_dim, page_size, dtype, seed=0, padding=5):
     """Arrays of a ragged batch of (queries, context); one empty row and padding tokens last."""
     rng = np.random.default_rng(seed)

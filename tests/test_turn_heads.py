@@ -19,14 +19,6 @@ EPS = 1e-6
 LIMIT = 1e-2  # relative error in bfloat16
 
 
-@pytest.fixture
-def hopper():
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
-    return device
-
-
 def make_heads(tokens, *, kv_heads=1, queries=2, head_dim=128, norm=True, dtype=jnp.bfloat16):
     """Arguments of ``turn_heads``."""
     rng = np.random.default_rng(tokens)
