@@ -11,6 +11,7 @@ in use and the one that arrives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -182,8 +183,10 @@ class LoweredHostForward:
     memory: StepMemory
 
     def compile(self, options: dict[str, Any] | None = None) -> CompiledHostForward:
-        """Compiles the programs one after another, with options like ``Lowered.compile``."""
-        parts = {name: lowered.compile(options) for name, lowered in self.parts.items()}
+        """Compiles the programs side by side, with options like ``Lowered.compile``."""
+        with ThreadPoolExecutor(len(self.parts)) as pool:
+            compiled = pool.map(lambda lowered: lowered.compile(options), self.parts.values())
+            parts = dict(zip(self.parts, compiled, strict=True))
         held = {name: compiled.memory_analysis() for name, compiled in parts.items()}
         temporaries = max(each.temp_size_in_bytes for each in held.values())
         known = self.memory
