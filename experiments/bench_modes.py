@@ -6,10 +6,10 @@ r"""Time steps in every mode on the real GPUs of a node: what pooling costs over
     PYTHONPATH=. python experiments/bench_modes.py --model experiments/shapes/qwen2.5_72b \
         --layers 24 --host-layers 6 --out experiments/results/host_layers.json
 
-First the link's ceiling is measured, by plain broadcasts and permutations of messages as large as a
-layer and as the activations of a step. Then steps run many in a row, with dummy weights: up to
-``--max-num-seqs`` tokens decode one token of each of as many sequences with ``--context`` tokens,
-more prefill prompts of that length. The floor of a step is the longer of two times: that of
+First the link's ceiling is measured, by plain broadcasts, copies and permutations of messages as
+large as a layer and as the activations of a step. Then steps run many in a row, with dummy weights:
+up to ``--max-num-seqs`` tokens decode one token of each of as many sequences with ``--context``
+tokens, more prefill prompts of that length. The floor of a step is the longer of two times: that of
 ``replicated``, where every layer is at home, and the one that its messages take on the link, at the
 ceiling. With ``--host-layers`` the link is that from the host's memory to the one GPU.
 """
@@ -36,11 +36,11 @@ from report import Report
 from sidp_jax.checkpoint import load_weights
 from sidp_jax.config import EngineConfig
 from sidp_jax.hardware import Hardware, as_values, load_profile, profile_for
-from sidp_jax.measure import host_bandwidth
+from sidp_jax.measure import copy_bandwidth, host_bandwidth
 from sidp_jax.mesh import POOL, make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.models.decoder import layer_spec
-from sidp_jax.modes.policy import REPLICATED, WAS
+from sidp_jax.modes.policy import COLLECTIVE, COPIES, HOST, REPLICATED, WAS
 from sidp_jax.startup import start_jax
 from sidp_jax.step import RUN_LAYERS
 
@@ -64,6 +64,7 @@ def permute(x: jax.Array, number: int, pool_size: int, platform: str) -> jax.Arr
 
 
 TRANSFERS = {"broadcast": broadcast, "ppermute": permute}
+COPY = "copy"
 
 
 def time_transfer(
@@ -114,12 +115,19 @@ def measure_link(
     layer = dtype.itemsize * sum(prod(spec.shape) for spec in layer_spec(model).values())
     activations = [size * model.hidden_size * dtype.itemsize for size in options.tokens]
     wanted = {"broadcast": [layer, layer // 4], "ppermute": [layer, *activations]}
-    measured = dict.fromkeys(TRANSFERS, profile)
+    if COPIES in options.was_fetch:
+        wanted[COPY] = [layer, layer // 4]
+    measured = dict.fromkeys([*TRANSFERS, COPY], profile)
     for name, sizes in wanted.items():
         rows = []
         for nbytes in sorted(set(sizes)):
             with report.errors(what=name, bytes=nbytes):
-                row = time_transfer(name, mesh, nbytes, dtype, options)
+                if name == COPY:
+                    rate = copy_bandwidth(nbytes)
+                    row = {"what": COPY, "bytes": nbytes, "bytes_per_s": rate}
+                    row["us"] = 1e6 * nbytes / rate
+                else:
+                    row = time_transfer(name, mesh, nbytes, dtype, options)
                 row["ratio_to_profile"] = row["bytes_per_s"] / profile.link_bandwidth
                 report.add("link", row)
                 rows.append(row)
@@ -179,15 +187,17 @@ class Bench:
         self._seconds: dict[int, float] = {}
         self._logits: dict[int, np.ndarray] = {}
 
-    def run(self, modes: tuple[str, ...], resident_layers: int) -> None:
-        """Runs modes that share one form of the weights."""
+    def run(
+        self, modes: tuple[str, ...], resident_layers: int, was_fetch: str = COLLECTIVE
+    ) -> None:
+        """Runs modes that share one form of the weights and of fetches."""
         options = self.options
         form = Form.make(
             self.model,
             self.mesh,
             resident_layers,
             attention=options.attention,
-            on_host=bool(options.host_layers) and REPLICATED not in modes,
+            was_fetch=was_fetch,
             layer_loop=options.layer_loop,
             dtype=jnp.dtype(options.dtype),
             page_size=options.page_size,
@@ -210,6 +220,7 @@ class Bench:
         for (mode, size), (program, seconds) in programs.items():
             case = {"mode": mode, "tokens_per_replica": size}
             case |= {"host_layers": options.host_layers} if on_host else {}
+            case |= {"was_fetch": was_fetch} if mode == WAS else {}
             if time.monotonic() > options.deadline:
                 self.report.add("errors", case | {"error": _BUDGET})
                 continue
@@ -253,7 +264,8 @@ class Bench:
         }
         policy = layer_policy(form, mode, self.profile)
         row["estimate_layer_ms_without_attention"] = policy.seconds(mode, size) * 1e3
-        hardware = self.link["broadcast" if mode == WAS else "ppermute"]
+        kind = "ppermute" if mode != WAS else COPY if policy.was_fetch == COPIES else "broadcast"
+        hardware = self.link[kind]
         fetched = len(form.program.layout.pooled)
         link = fetched * link_seconds(replace(policy, hardware=hardware), mode, size)
         row["link_bound_ms"] = link * 1e3
@@ -279,6 +291,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-layers", type=int, default=0, help="of a pool of one")
     parser.add_argument("--tokens", default="16,128,512,2048,8192", help="per replica and step")
     parser.add_argument("--modes", default=",".join(RUN_LAYERS))
+    parser.add_argument("--was-fetch", help="of WaS: collective, copies; both, but with scan")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--page-size", type=int, default=64)
@@ -297,6 +310,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown := set(options.modes) - set(RUN_LAYERS):
         known = ", ".join(RUN_LAYERS)
         parser.error(f"--modes: unknown {', '.join(sorted(unknown))}; known: {known}")
+    whole = options.layer_loop == "unrolled"
+    known = f"{COLLECTIVE},{COPIES}" if whole else COLLECTIVE
+    options.was_fetch = tuple((options.was_fetch or known).split(","))
+    if unknown := set(options.was_fetch) - {COLLECTIVE, COPIES}:
+        parser.error(f"--was-fetch: unknown {', '.join(sorted(unknown))}")
+    if COPIES in options.was_fetch and not whole:
+        parser.error("--was-fetch: copies need --layer-loop unrolled")
     if options.host_layers:
         options.modes = (REPLICATED, WAS)
         if options.pool_size != 1 or options.host_layers > options.layers:
@@ -335,12 +355,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         link = measure_link(report, mesh, model, options, profile)
     bench = Bench(options, report, mesh, model, profile, link)
-    pooled = tuple(mode for mode in options.modes if mode != REPLICATED)
-    kept = options.layers - options.host_layers if options.host_layers else 0
-    for modes, resident in (((REPLICATED,), options.layers), (pooled, kept)):
+    by_copies = options.was_fetch == (COPIES,)
+    collective = tuple(
+        mode for mode in options.modes if mode != REPLICATED and not (by_copies and mode == WAS)
+    )
+    runs = [((REPLICATED,), options.layers, COLLECTIVE)]
+    if options.host_layers:
+        runs.append(((WAS,), options.layers - options.host_layers, HOST))
+    else:
+        runs.append((collective, 0, COLLECTIVE))
+        runs += [((WAS,), 0, COPIES)] if COPIES in options.was_fetch else []
+    for modes, resident, was_fetch in runs:
         if set(modes) & set(options.modes):
-            with report.errors(modes=modes):
-                bench.run(modes, resident)
+            with report.errors(modes=modes, was_fetch=was_fetch):
+                bench.run(modes, resident, was_fetch)
     return report.content
 
 

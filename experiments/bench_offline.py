@@ -130,8 +130,7 @@ def floor_seconds(engine: Engine, lengths: Lengths, ceilings: Ceilings) -> float
 class Trace:
     """A few steps of a job to trace, and the time that as many take just before, untraced.
 
-    The profiler slows down the host, not the kernels: how busy the GPU is follows from the time of
-    its kernels in the trace and the length of steps without one.
+    The two lengths of a step tell how far the profiler disturbs it.
 
     Args:
         folder: Where the trace goes.
@@ -161,14 +160,13 @@ class Trace:
         return time.perf_counter() - start
 
     def figures(self) -> dict[str, float]:
-        """Length of a step, time of its kernels, and how the GPU waits; see ``gpu_trace``."""
+        """Length of a step without the trace, and what the trace shows; see ``gpu_trace``."""
         figures = {"step_ms": self._step_s * 1e3}
         try:
             activity = read_activity(self.folder)
             print(activity.table())
-            busy = activity.busy_s / self.steps
-            figures |= {"gpu_busy_ms": busy * 1e3, "gpu_idle_share": 1 - busy / self._step_s}
-            figures |= activity.steps().figures(self._step_s)
+            figures["gpu_idle_share"] = activity.idle_share
+            figures |= activity.steps().figures()
         except ValueError as error:  # the job is done, and its other figures hold
             print(f"not all that a trace should tell: {error}")
         return figures

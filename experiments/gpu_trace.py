@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,6 +62,7 @@ class StepFigures:
 
     Attributes:
         steps: Steps that the trace holds from their first kernel to their last.
+        period_s: From the first kernel of a step to that of the next, seconds.
         kernels: Kernels of a step.
         programs_s: Seconds of its programs, each from its first kernel to the end of its last.
         gaps_s: What of them no kernel runs, seconds.
@@ -70,31 +71,31 @@ class StepFigures:
     """
 
     steps: int
+    period_s: float
     kernels: float
     programs_s: float
     gaps_s: float
     sampler_s: float
     sampler_kernels: float
 
-    def figures(self, step_s: float) -> dict[str, float]:
-        """Where the time of a step goes, in milliseconds and as shares.
+    def figures(self) -> dict[str, float]:
+        """Where the time of a traced step goes, in milliseconds and as shares.
 
-        The profiler slows the host, not the GPU. So what the GPU waits for between programs is the
-        length of a step without a profiler, less the programs in the trace. That holds for programs
-        that run as one command buffer; launched kernel by kernel they have gaps of the profiler's.
-
-        Args:
-            step_s: Seconds of a step, untraced.
+        The profiler slows the host, which shows as waits between programs: these are at most as
+        long without it. Programs that run as one command buffer have no gaps of the profiler's.
         """
-        between = step_s - self.programs_s
+        between, busy = self.period_s - self.programs_s, self.programs_s - self.gaps_s
         return {
+            "traced_step_ms": self.period_s * 1e3,
+            "gpu_busy_ms": busy * 1e3,
+            "gpu_idle_share": 1 - busy / self.period_s,
             "kernels_per_step": self.kernels,
             "gaps_in_programs_ms": self.gaps_s * 1e3,
-            "gaps_in_programs_share": self.gaps_s / step_s,
+            "gaps_in_programs_share": self.gaps_s / self.period_s,
             "between_programs_ms": between * 1e3,
-            "between_programs_share": between / step_s,
+            "between_programs_share": between / self.period_s,
             "sampler_ms": self.sampler_s * 1e3,
-            "sampler_share": self.sampler_s / step_s,
+            "sampler_share": self.sampler_s / self.period_s,
             "sampler_kernels": self.sampler_kernels,
         }
 
@@ -158,9 +159,11 @@ class Activity:
                 f"programs {modules}, of which a step's begin with {FORWARD!r} and {SAMPLER!r}; "
                 f"a kernel's statistics are {list(self.known)}"
             )
+        starts = [step[0].kernels[0].start for step in steps[1:]]
         samplers = [[r for r in step if r.module.startswith(SAMPLER)] for step in whole]
         return StepFigures(
             steps=len(whole),
+            period_s=median(after - start for start, after in pairwise(starts)) / 1e9,
             kernels=median(sum(len(run.kernels) for run in step) for step in whole),
             programs_s=median(sum(run.span_s for run in step) for step in whole),
             gaps_s=median(sum(run.span_s - run.busy_s for run in step) for step in whole),

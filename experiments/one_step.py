@@ -22,12 +22,14 @@ from jax.sharding import Mesh
 
 from sidp_jax import estimate
 from sidp_jax.batch import BatchLayout, build_batch
+from sidp_jax.copied_layers import CompiledCopiedForward, LoweredCopiedForward
 from sidp_jax.hardware import Hardware
-from sidp_jax.host_layers import CompiledHostForward, LoweredHostForward
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import (
     CAS,
+    COLLECTIVE,
+    HOST,
     REPLICATED,
     WAS,
     Policy,
@@ -99,12 +101,13 @@ class Form:
         resident_layers: int,
         *,
         attention: str,
-        on_host: bool = False,
+        was_fetch: str = COLLECTIVE,
         **rest: Any,
     ) -> Form:
         """The form of a model with so many layers that every replica keeps."""
+        on_host = was_fetch == HOST
         layout = PoolLayout(model.num_layers, mesh.shape["pool"], resident_layers, on_host)
-        return cls(StepProgram(model, layout, mesh, attention), **rest)
+        return cls(StepProgram(model, layout, mesh, attention, was_fetch), **rest)
 
     def batch_layout(self, tokens: int) -> BatchLayout:
         """The shape of a batch of so many tokens."""
@@ -146,7 +149,7 @@ class Form:
 
     def lower(
         self, mode: str, tokens: int, widest: int, num_pages: int
-    ) -> jax.stages.Lowered | LoweredHostForward:
+    ) -> jax.stages.Lowered | LoweredCopiedForward:
         """The forward program, lowered from shapes alone: neither weights nor cache are needed.
 
         Args:
@@ -197,10 +200,10 @@ def bytes_per_device(spec: Any) -> int:
 
 
 def compile_all(
-    lowerings: dict[Any, Callable[[], jax.stages.Lowered | LoweredHostForward]],
+    lowerings: dict[Any, Callable[[], jax.stages.Lowered | LoweredCopiedForward]],
     options: dict[str, Any] | None = None,
     threads: int | None = None,
-) -> Iterator[tuple[Any, jax.stages.Compiled | CompiledHostForward | Exception, float]]:
+) -> Iterator[tuple[Any, jax.stages.Compiled | CompiledCopiedForward | Exception, float]]:
     """Compiles programs side by side, each as soon as it is lowered.
 
     Args:
@@ -213,7 +216,7 @@ def compile_all(
         where it failed. In the order of the keys.
     """
 
-    def compiled(lowered: jax.stages.Lowered | LoweredHostForward) -> tuple[Any, float]:
+    def compiled(lowered: jax.stages.Lowered | LoweredCopiedForward) -> tuple[Any, float]:
         start = time.perf_counter()
         try:
             result = lowered.compile(options)
@@ -275,7 +278,7 @@ class Stepper:
         self.kv = None
 
     def run(
-        self, program: jax.stages.Compiled | CompiledHostForward, buffer: jax.Array
+        self, program: jax.stages.Compiled | CompiledCopiedForward, buffer: jax.Array
     ) -> jax.Array:
         """Sends one step to the devices; the cache is updated.
 
@@ -344,7 +347,7 @@ def layer_policy(form: Form, mode: str, hardware: Hardware) -> Policy:
         shape,
         hardware,
         resident_layers=layout.resident_layers,
-        on_host=layout.on_host,
+        was_fetch=program.was_fetch,
     )
 
 
@@ -354,7 +357,7 @@ def link_seconds(policy: Policy, mode: str, tokens: int) -> float:
     if mode == REPLICATED:
         return 0.0
     if mode == WAS:
-        return fetch_seconds(shape, hardware, policy.on_host)
+        return fetch_seconds(shape, hardware, policy.was_fetch, policy.pool_size)
     if mode == CAS:
         return lockstep_hop_seconds(tokens, policy.pool_size, shape, hardware)
     return staggered_hop_seconds(tokens, shape, hardware)

@@ -212,6 +212,7 @@ def _row(option: Option, job: Simulated) -> dict[str, Any]:
         "pool_size": chosen.pool_size,
         "tensor_parallel_size": chosen.tensor_size,
         "resident_layers": chosen.resident_layers,
+        "was_fetch": chosen.was_fetch,
         "max_num_seqs": chosen.max_num_seqs,
         "max_num_batched_tokens": chosen.max_num_batched_tokens,
         "kv_tokens_per_gpu": option.held.kv_tokens / chosen.tensor_size,
@@ -345,6 +346,7 @@ def validate(path: Path) -> list[dict[str, Any]]:
         policy.modes,
         config.max_num_seqs,
         config.max_num_batched_tokens,
+        was_fetch=policy.was_fetch,
     )
     pages = report["kv_tokens"] // config.pool_size // config.page_size
     spread = config.prefill == "spread"

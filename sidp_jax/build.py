@@ -22,7 +22,7 @@ from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.measure import measure_hardware
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS_STAGGERED, Policy
+from sidp_jax.modes.policy import CAS_STAGGERED, COLLECTIVE, Policy
 from sidp_jax.pool import kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
@@ -58,7 +58,7 @@ def build_engine(config: EngineConfig) -> Engine:
     max_model_len = longest_sequence(config, model)
     layer_loop = config.layer_loop
     if layer_loop == "auto":
-        scan = program.platform == "cpu" and not program.layout.on_host
+        scan = program.platform == "cpu" and program.was_fetch == COLLECTIVE
         layer_loop = "scan" if scan else "unrolled"
     weights = load_weights(
         config.model_path,
@@ -143,7 +143,8 @@ def _settle(config: EngineConfig) -> tuple[ModelConfig, StepProgram, Policy]:
         attention = _attention(config, model, mesh, policy.modes)
     except (FileNotFoundError, KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    return model, StepProgram(model, layout, mesh, attention), policy
+    program = StepProgram(model, layout, mesh, attention, policy.was_fetch)
+    return model, program, policy
 
 
 def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh, modes: tuple[str, ...]) -> str:
@@ -260,11 +261,13 @@ def _log_sizes(engine: Engine, weights: Weights) -> None:
     program = engine.runner.program
     layout = program.layout
     logger.info(
-        "weights: %.2f GB per device, %d of %d layers resident, %s, attention: %s",
+        "weights: %.2f GB per device, %d of %d layers resident, %s, WaS fetches by: %s, "
+        "attention: %s",
         nbytes_per_device(weights) / 1e9,
         layout.resident_layers,
         layout.num_layers,
         "the others on the host" if layout.on_host else f"pool of {layout.pool_size}",
+        program.was_fetch,
         program.attention,
     )
     logger.info(

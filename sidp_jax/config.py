@@ -108,6 +108,10 @@ class EngineConfig:
             (``lockstep``), or each one layer behind the one before it (``staggered``); ``auto``
             picks the cheaper one step by step, where the hardware's profile has an indexed GEMM,
             and is ``lockstep`` elsewhere and with resident layers.
+        was_fetch: How a layer comes from its owner in ``was``: broadcast inside of the step's one
+            program (``collective``), or copied by the GPUs' copy engines between programs of some
+            layers each (``copies``), which leaves the cores to the compute and takes more buffers;
+            ``auto`` copies in pools of up to four where the hardware's profile knows how fast.
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.
         pool_host_layers: Layers that the host owns: they lie in its pinned memory and are fetched
@@ -144,6 +148,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     mode: Literal["auto", "replicated", "was", "cas"] = "auto"
     cas_schedule: Literal["auto", "lockstep", "staggered"] = "auto"
+    was_fetch: Literal["auto", "collective", "copies"] = "auto"
     layer_loop: Literal["auto", "scan", "unrolled"] = "auto"
     resident_layers: int = 0
     pool_host_layers: int = 0
@@ -183,6 +188,11 @@ class EngineConfig:
             raise ConfigError(
                 f"cas_schedule='staggered' needs resident_layers=0, got {self.resident_layers}: a "
                 "layer that is everywhere has no owner to go to; set one of them back"
+            )
+        if self.was_fetch == "copies" and self.layer_loop == "scan":
+            raise ConfigError(
+                "was_fetch='copies' needs layer_loop=unrolled or auto, got 'scan': a copy takes "
+                "whole arrays, not slices of a stack"
             )
         if self.pool_host_layers:
             self._check_host_layers()

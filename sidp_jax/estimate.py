@@ -18,6 +18,9 @@ from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import (
     CAS,
     CAS_STAGGERED,
+    COLLECTIVE,
+    COPIES,
+    HOST,
     REPLICATED,
     WAS,
     LayerShape,
@@ -146,7 +149,8 @@ class Candidate:
         max_num_seqs: Sequences of one replica.
         max_num_batched_tokens: Tokens of one replica's largest step.
         num_kv_pages: Pages of one replica; None is what the memory has room for.
-        on_host: Whether the host owns the layers that are not resident; for a pool of one.
+        was_fetch: How a layer comes in WaS: ``collective``, ``copies``, or from the ``host``, which
+            owns the layers of a pool of one.
     """
 
     pool_size: int
@@ -157,7 +161,7 @@ class Candidate:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_kv_pages: int | None = None
-    on_host: bool = False
+    was_fetch: str = COLLECTIVE
 
     def __post_init__(self) -> None:
         if not set(self.modes) <= set(KNOWN_MODES):
@@ -202,9 +206,8 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
     """Bytes per device of a configuration."""
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
     layer_bytes = layer_shape(model, size, item).weight_bytes
-    layout = _layout(
-        model.num_layers, candidate.pool_size, candidate.resident_layers, candidate.on_host
-    )
+    on_host = candidate.was_fetch == HOST
+    layout = _layout(model.num_layers, candidate.pool_size, candidate.resident_layers, on_host)
     weights = weight_bytes_per_device(
         layout,
         layer_bytes=layer_bytes,
@@ -249,16 +252,21 @@ def fetch_bytes(setting: Setting, candidate: Candidate) -> list[int]:
     """Bytes that WaS fetches into: the kernels of a layer, and what of the next one comes early.
 
     That is its down projection, as the others arrive when their like have been used; from the host
-    it is all of them.
+    it is all of them, and copied from owners two rows of the slab beside the one in use.
     """
+    size = candidate.pool_size
     pooled = setting.model.num_layers - candidate.resident_layers
     if pooled == 0:
         return [0, 0]
     parameters = layer_parameters(setting.model)
     kernels = sum(prod(p.shape) for name, p in parameters.items() if name.endswith("kernel"))
-    early = kernels if candidate.on_host else prod(parameters["down.kernel"].shape)
-    ahead = early if pooled > 1 else 0
-    return [setting.dtype_bytes * n // candidate.tensor_size for n in (kernels, ahead)]
+    if candidate.was_fetch == COPIES:
+        row = (size - 1) * kernels
+        held = [row, min(2, ceil(pooled / size) - 1) * row]
+    else:
+        early = kernels if candidate.was_fetch == HOST else prod(parameters["down.kernel"].shape)
+        held = [kernels, early if pooled > 1 else 0]
+    return [setting.dtype_bytes * n // candidate.tensor_size for n in held]
 
 
 def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
@@ -268,8 +276,8 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
     queries, keys, values and the attention's result; later the logits and the parts that they are
     put together from. In lockstep CaS every GPU holds the tokens of all replicas; in staggered CaS
     a guest's beside its own. In WaS a down projection arrives ahead of its layer only once gate and
-    up have been multiplied, and all buffers are free again at the logits; those of layers from the
-    host are held all the time. A mode's largest step is the largest that the policy can pick it
+    up have been multiplied, and all buffers are free again at the logits; those of copied layers
+    are held all the time. A mode's largest step is the largest that the policy can pick it
     for, as only those are compiled.
     """
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
@@ -284,7 +292,7 @@ def activation_bytes(setting: Setting, candidate: Candidate) -> dict[str, int]:
         rows = max(sizes, default=0) * (candidate.pool_size if mode == CAS else 1)
         streams = 4 if mode == CAS_STAGGERED else 2
         busiest = rows * (streams * shape.activation_bytes + inner)
-        if mode == WAS and not candidate.on_host:
+        if mode == WAS and candidate.was_fetch == COLLECTIVE:
             kernels, ahead = fetch_bytes(setting, candidate)
             product = rows * model.intermediate_size * item // size
             at_down = rows * streams * shape.activation_bytes + product
@@ -460,7 +468,7 @@ def policy_of(setting: Setting, candidate: Candidate) -> Policy:
         candidate.modes,
         candidate.pool_size,
         candidate.resident_layers,
-        candidate.on_host,
+        candidate.was_fetch,
     )
 
 
@@ -471,11 +479,11 @@ def _policy(
     modes: tuple[str, ...],
     pool_size: int,
     resident_layers: int,
-    on_host: bool,
+    was_fetch: str,
 ) -> Policy:
     """One policy for all candidates that decide alike: it remembers what it has computed."""
     return Policy(
-        modes, pool_size, shape, hardware, resident_layers=resident_layers, on_host=on_host
+        modes, pool_size, shape, hardware, resident_layers=resident_layers, was_fetch=was_fetch
     )
 
 

@@ -1,6 +1,6 @@
 """The parts of a forward program, inside ``shard_map``: embed, what the layers need, logits.
 
-A step is one program of them (``step``), or several where the host owns layers (``host_layers``).
+A step is one program of them (``step``), or several where the host owns layers (``copied_layers``).
 """
 
 from __future__ import annotations

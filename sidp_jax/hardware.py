@@ -67,6 +67,8 @@ class Hardware:
         source: Where the figures are from.
         assumptions: Which of them nobody has measured; empty if all are.
         permute_bandwidth: Bytes/s of a permutation, one way; 0 is ``link_bandwidth``.
+        copy_bandwidth: Bytes/s into one GPU of copies from a peer by the copy engines, while it
+            sends as much; 0 where they are not known, and WaS fetches by collectives.
         decode_bandwidth: Bytes/s at which decode attention reads its cache; 0 is
             ``memory_bandwidth``.
         prefill_flops: FLOP/s of causal prefill attention, by tokens of context; empty is ``flops``.
@@ -80,6 +82,7 @@ class Hardware:
         fetch_interference: How much longer compute and a fetch beneath it take together than the
             longer one alone, as a share of the shorter one: a collective takes cores and memory
             bandwidth from the GEMMs.
+        copy_interference: The same of a fetch by the copy engines.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Hardware:
     source: str
     assumptions: str = ""
     permute_bandwidth: float = 0.0
+    copy_bandwidth: float = 0.0
     decode_bandwidth: float = 0.0
     prefill_flops: Curve = ()
     kv_update: Curve = ()
@@ -99,6 +103,7 @@ class Hardware:
     host_bandwidth: float = 0.0
     step_overhead: float = 0.0
     fetch_interference: float = 0.0
+    copy_interference: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("flops", "memory_bandwidth", "link_bandwidth"):
@@ -108,10 +113,12 @@ class Hardware:
             "hop_latency",
             "memory_bytes",
             "permute_bandwidth",
+            "copy_bandwidth",
             "decode_bandwidth",
             "host_bandwidth",
             "step_overhead",
             "fetch_interference",
+            "copy_interference",
         ):
             if getattr(self, field) < 0:
                 raise ValueError(f"hardware profile {self.name!r}: {field} must not be negative")

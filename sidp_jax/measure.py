@@ -57,7 +57,8 @@ def measure_hardware(model: ModelConfig, tensor_size: int, dtype: str) -> Hardwa
     link, assumed = _link(device)
     host = host_bandwidth(device, (1 << 30) if on_gpu else (16 << 20))
     attention, missing = _attention(model, tensor_size, kind, device)
-    assumptions = [*assumed, *missing]
+    disturbed, told = _interference(device)
+    assumptions = [*assumed, *missing, *told]
     if not on_gpu:
         assumptions.append(f"the layer timed is a copy of {times.weight_bytes / 1e6:.1f} MB")
     return Hardware(
@@ -72,6 +73,7 @@ def measure_hardware(model: ModelConfig, tensor_size: int, dtype: str) -> Hardwa
         assumptions="; ".join(assumptions),
         **link,
         **attention,
+        **disturbed,
     )
 
 
@@ -163,6 +165,7 @@ def _link(device: jax.Device) -> tuple[dict[str, float], list[str]]:
             "link_bandwidth": known.link_bandwidth,
             "hop_latency": known.hop_latency,
             "permute_bandwidth": known.permute_bandwidth,
+            "copy_bandwidth": known.copy_bandwidth,
         }
         return figures, [f"the link, of which one device shows nothing, is that of {known.name}"]
     mesh = Mesh(np.array(jax.devices()), ("pool",))
@@ -183,9 +186,31 @@ def _link(device: jax.Device) -> tuple[dict[str, float], list[str]]:
     figures = {
         "link_bandwidth": size * (count - 1) / gathered,
         "permute_bandwidth": size / moved,
+        "copy_bandwidth": copy_bandwidth(size) if device.platform != "cpu" else 0.0,
         "hop_latency": latency,
     }
     return figures, []
+
+
+def _interference(device: jax.Device) -> tuple[dict[str, float], list[str]]:
+    """What a fetch costs the compute above it, which takes steps of a whole pool to measure."""
+    try:
+        known = load_profile(profile_for(device.device_kind, device.platform))
+    except ValueError:
+        return {}, ["a fetch is taken not to disturb the compute above it"]
+    figures = {
+        "fetch_interference": known.fetch_interference,
+        "copy_interference": known.copy_interference,
+    }
+    return figures, [f"what a fetch costs the compute above it is that of {known.name}"]
+
+
+def copy_bandwidth(nbytes: int) -> float:
+    """Bytes/s of copies of so many bytes from every device to the next, all at once."""
+    devices = jax.devices()
+    held = [jax.device_put(np.ones(nbytes, np.int8), device) for device in devices]
+    onward = [*devices[1:], devices[0]]
+    return nbytes / seconds_of(lambda: list(map(jax.device_put, held, onward)))
 
 
 def _attention(

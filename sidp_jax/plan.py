@@ -303,7 +303,7 @@ def _configured(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_kv_pages=config.num_kv_pages,
-        on_host=policy.on_host,
+        was_fetch=policy.was_fetch,
     )
 
 
@@ -342,7 +342,7 @@ def _layer_times(policy: Policy, budget: int) -> Plan:
         step = {"tokens": tokens, "replicated": policy.seconds(REPLICATED, tokens)}
         if pooled:
             step |= {mode: policy.seconds(mode, tokens) for mode in policy.modes}
-            step["fetch"] = fetch_seconds(shape, hardware, policy.on_host)
+            step["fetch"] = fetch_seconds(shape, hardware, policy.was_fetch, size)
             step["hop"] = lockstep_hop_seconds(tokens, size, shape, hardware)
             step["hop_staggered"] = staggered_hop_seconds(tokens, shape, hardware)
             step["best"] = policy.best(tokens)
@@ -398,6 +398,7 @@ def _recommendation(setting: Setting, choice: Choice | None) -> Plan:
         "pool_size": chosen.pool_size,
         "tensor_parallel_size": chosen.tensor_size,
         "resident_layers": chosen.resident_layers if choice.pool else 0,
+        "was_fetch": chosen.was_fetch if choice.pool else "auto",
         "max_num_seqs": chosen.max_num_seqs,
         "max_num_batched_tokens": chosen.max_num_batched_tokens,
     }

@@ -16,7 +16,7 @@ from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.estimate import Candidate, Memory, Setting, memory, policy_of
 from sidp_jax.hardware import load_profile
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import WAS
+from sidp_jax.modes.policy import COPIES, HOST, WAS
 from sidp_jax.settle import DTYPE_BYTES
 from sidp_jax.timeline import Timeline, read_timeline
 
@@ -103,7 +103,12 @@ def compile_step(
         raise ConfigError(
             f"--compile does not know hardware={hardware}; set one of {', '.join(sorted(TARGETS))}"
         )
-    if candidate.on_host:
+    if mode == WAS and candidate.was_fetch == COPIES:
+        raise ConfigError(
+            "--compile shows one program, and was_fetch=copies makes several with copies between "
+            "them; set was_fetch=collective to see WaS as one"
+        )
+    if candidate.was_fetch == HOST:
         raise ConfigError(
             "--compile knows no memory of a host; leave it out, or set pool_host_layers=0"
         )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sidp_jax.config import ConfigError
+from sidp_jax.modes.policy import HOST, WAS
 
 _PLAIN_WIDTH = 110
 _MOST_SHAPES = 3
@@ -75,12 +76,11 @@ def _table(title: str, first: str, *columns: str) -> Table:
 def _owners(plan: dict[str, Any]) -> Table:
     table = _table("Who owns which layer", "replica", "layers", "count")
     table.columns[1].justify = "left"
-    on_host = plan["configurations"]["as configured"]["configuration"]["on_host"]
+    fetch = plan["configurations"]["as configured"]["configuration"]["was_fetch"]
     for replica, layers in enumerate(plan["owners"]):
         if layers:
-            table.add_row(
-                "host" if on_host else str(replica), ", ".join(map(str, layers)), str(len(layers))
-            )
+            owner = "host" if fetch == HOST else str(replica)
+            table.add_row(owner, ", ".join(map(str, layers)), str(len(layers)))
     if plan["resident"]:
         layers = plan["resident"]
         shown = "all" if len(layers) == plan["model"]["num_layers"] else ", ".join(map(str, layers))
@@ -184,6 +184,10 @@ def _throughput(plan: dict[str, Any]) -> Table:
         layers = option["configuration"]["resident_layers"]
         return "all" if layers == plan["model"]["num_layers"] else str(layers)
 
+    def fetched(option: _Option) -> str:
+        chosen = option["configuration"]
+        return chosen["was_fetch"] if WAS in chosen["modes"] else "-"
+
     def number(key: str, scale: float = 1.0, digits: int = 0) -> Callable[[_Option], str]:
         return _speed(lambda _, speed: f"{scale * speed[key]:,.{digits}f}")
 
@@ -192,6 +196,7 @@ def _throughput(plan: dict[str, Any]) -> Table:
         "Throughput in the steady state, estimated",
         {
             "resident layers": resident,
+            "WaS fetches by": fetched,
             "max_num_seqs": chosen("max_num_seqs"),
             "max_num_batched_tokens": chosen("max_num_batched_tokens"),
             "sequences per replica": number("running"),

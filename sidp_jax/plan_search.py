@@ -25,10 +25,12 @@ from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import (
     CAS,
     CAS_STAGGERED,
+    HOST,
     REPLICATED,
     WAS,
     Policy,
     fetch_seconds,
+    preferred_fetch,
 )
 
 SEQS_LADDER = (64, 128, 256, 512, 1024, 2048)
@@ -65,8 +67,8 @@ def fetch_hidden_from(policy: Policy) -> int | None:
     shape, hardware = policy.shape, policy.hardware
     # Of the host's layers there are fewer than of those that a fetch rides under.
     pooled = shape.num_layers - policy.resident_layers
-    layers = shape.num_layers / pooled if policy.on_host and pooled else 1
-    fetch = fetch_seconds(shape, hardware, policy.on_host) / layers
+    layers = shape.num_layers / pooled if policy.was_fetch == HOST and pooled else 1
+    fetch = fetch_seconds(shape, hardware, policy.was_fetch, policy.pool_size) / layers
 
     def hidden(tokens: int) -> bool:
         size = shape.weight_bytes, shape.flops_per_token
@@ -120,7 +122,7 @@ def plain_candidates(model: ModelConfig, num_devices: int, size: int) -> Iterato
 
 
 def pooled_candidates(
-    model: ModelConfig, num_devices: int, modes: tuple[str, ...]
+    model: ModelConfig, num_devices: int, modes: tuple[str, ...], hardware: Hardware
 ) -> Iterator[Candidate]:
     """Every way to pool the devices of a node; resident layers rule out the staggered schedule."""
     residents = range(0, model.num_layers, ceil(model.num_layers / RESIDENT_STEPS))
@@ -128,10 +130,12 @@ def pooled_candidates(
         replicas = num_devices // size
         for pool in range(2, min(replicas, model.num_layers) + 1):
             if replicas % pool == 0:
+                fetch = preferred_fetch(hardware, pool)
                 for resident, (seqs, budget) in product(residents, _step_sizes()):
                     able = tuple(mode for mode in modes if not resident or mode != CAS_STAGGERED)
+                    rest = able, seqs, budget, None, fetch
                     if able:
-                        yield Candidate(pool, size, replicas // pool, resident, able, seqs, budget)
+                        yield Candidate(pool, size, replicas // pool, resident, *rest)
 
 
 def plain_options(
@@ -155,7 +159,7 @@ def pooled_options(
 ) -> dict[int, Option]:
     """The best pool for each number of devices of a replica with which one fits."""
     found = {}
-    candidates = pooled_candidates(setting.model, num_devices, modes)
+    candidates = pooled_candidates(setting.model, num_devices, modes, setting.hardware)
     for size, same in groupby(candidates, key=lambda candidate: candidate.tensor_size):
         option = best(setting, same, workload)
         if option is not None:

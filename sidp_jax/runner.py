@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from sidp_jax import sampling
 from sidp_jax.batch import BatchLayout
-from sidp_jax.host_layers import CompiledHostForward, LoweredHostForward
+from sidp_jax.copied_layers import CompiledCopiedForward, LoweredCopiedForward
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.pool import kv_bytes_per_page, padded_vocab
 from sidp_jax.request import SAMPLERS
@@ -70,7 +70,7 @@ class Runner:
         steps: tuple[Step, ...],
     ):
         self.program, self.weights, self.shapes, self.steps = program, weights, shapes, steps
-        self._forward: dict[tuple[str, BatchLayout], jax.stages.Compiled | CompiledHostForward] = {}
+        self._forward: dict[Step, jax.stages.Compiled | CompiledCopiedForward] = {}
         self._sampler: dict[str, jax.stages.Compiled] = {}
         self._new_state: jax.stages.Compiled | None = None
         self._kv: KVCache | None = None
@@ -120,7 +120,7 @@ class Runner:
     ) -> sampling.Sampled:
         """Sends one step to the devices and returns without waiting for it.
 
-        Where the host owns layers it waits for most of the step: see ``CompiledHostForward``.
+        Where the host owns layers it waits for most of the step: see ``CompiledCopiedForward``.
 
         Args:
             mode: Mode of the step.
@@ -147,7 +147,7 @@ class Runner:
 
     def compiled_forward(
         self, mode: str, batch: BatchLayout
-    ) -> jax.stages.Compiled | CompiledHostForward:
+    ) -> jax.stages.Compiled | CompiledCopiedForward:
         """The compiled forward program, to read its memory or its HLO."""
         return self._forward[mode, batch]
 
@@ -176,7 +176,7 @@ class Runner:
 
     def _lower_forward(
         self, mode: str, batch: BatchLayout
-    ) -> jax.stages.Lowered | LoweredHostForward:
+    ) -> jax.stages.Lowered | LoweredCopiedForward:
         weights = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
             self.weights,
@@ -244,9 +244,9 @@ def num_pages_that_fit(
 
 
 def _compile_side_by_side(
-    lowered: Iterable[jax.stages.Lowered | LoweredHostForward],
+    lowered: Iterable[jax.stages.Lowered | LoweredCopiedForward],
     options: dict[str, int] | None = None,
-) -> list[jax.stages.Compiled | CompiledHostForward]:
+) -> list[jax.stages.Compiled | CompiledCopiedForward]:
     """Compiles programs in a thread each, while the next ones are being traced."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(lambda program: program.compile(options), lowered))

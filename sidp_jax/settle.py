@@ -8,7 +8,16 @@ from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.estimate import layer_shape
 from sidp_jax.hardware import Hardware
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS, Policy
+from sidp_jax.modes.policy import (
+    CAS,
+    CAS_STAGGERED,
+    COLLECTIVE,
+    HOST,
+    REPLICATED,
+    WAS,
+    Policy,
+    preferred_fetch,
+)
 from sidp_jax.pace import StepCosts
 from sidp_jax.pool import PoolLayout
 
@@ -61,6 +70,17 @@ def modes_of(config: EngineConfig, hardware: Hardware) -> tuple[str, ...]:
     return cas if config.mode == CAS else (WAS, *cas)
 
 
+def was_fetch_of(config: EngineConfig, hardware: Hardware) -> str:
+    """How WaS fetches layers: as configured, from the host, or as the hardware does best."""
+    if config.pool_host_layers:
+        return HOST
+    if config.was_fetch != "auto":
+        return config.was_fetch
+    if config.layer_loop == "scan" or is_plain(config):
+        return COLLECTIVE
+    return preferred_fetch(hardware, config.pool_size)
+
+
 def make_policy(config: EngineConfig, model: ModelConfig, hardware: Hardware) -> Policy:
     """The policy that decides each step of a run.
 
@@ -79,7 +99,7 @@ def make_policy(config: EngineConfig, model: ModelConfig, hardware: Hardware) ->
         layer_shape(model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]),
         hardware,
         resident_layers=layout.resident_layers,
-        on_host=layout.on_host,
+        was_fetch=was_fetch_of(config, hardware),
     )
 
 

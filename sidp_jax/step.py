@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from sidp_jax import sampling
 from sidp_jax.batch import BatchLayout
+from sidp_jax.copied_layers import Arrivals, CopiedForward
 from sidp_jax.forward import (
     Forwarded,
     embedded,
@@ -26,12 +27,12 @@ from sidp_jax.forward import (
     resolve_tokens,
     with_tokens,
 )
-from sidp_jax.host_layers import Arrivals, HostForward
 from sidp_jax.kernels.turn_heads import Turner
 from sidp_jax.kv_cache import KV_PARTITION, KVCache
 from sidp_jax.mesh import POOL, TENSOR
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes import cas, cas_staggered, replicated, was
+from sidp_jax.modes.policy import COLLECTIVE, WAS
 from sidp_jax.pool import PoolLayout
 from sidp_jax.weights import Weights, partitions
 
@@ -55,12 +56,14 @@ class StepProgram:
         layout: Who owns what.
         mesh: The devices.
         attention: Implementation of attention, chosen explicitly.
+        was_fetch: How WaS fetches a layer: by ``collective``, by ``copies``, or from the ``host``.
     """
 
     config: ModelConfig
     layout: PoolLayout
     mesh: Mesh
     attention: str
+    was_fetch: str = COLLECTIVE
 
     @property
     def kernels(self) -> str:
@@ -105,10 +108,10 @@ class StepProgram:
 
     def forward(
         self, mode: str, batch_layout: BatchLayout, widest: BatchLayout, weights: Weights
-    ) -> jax.stages.Wrapped | HostForward:
+    ) -> jax.stages.Wrapped | CopiedForward:
         """The jitted forward program of one mode and batch shape.
 
-        Where the host owns layers it is several programs, which ``HostForward`` drives.
+        Where WaS fetches by copies it is several programs, which ``CopiedForward`` drives.
 
         Args:
             mode: A key of ``RUN_LAYERS``.
@@ -120,8 +123,8 @@ class StepProgram:
             ``forward(weights, kv, last_tokens, buffer) -> Forwarded``, with ``kv`` donated.
             ``last_tokens`` is int32 ``[pool, slots]``, ``buffer`` int32 ``[pool, size]``.
         """
-        if self.layout.on_host and self.layout.pooled:
-            return HostForward(self, batch_layout, widest, self._arrivals)
+        if self.was_fetch != COLLECTIVE and mode == WAS and self.layout.pooled:
+            return CopiedForward(self, batch_layout, widest, self._arrivals)
         kv = KVCache(KV_PARTITION, KV_PARTITION)
         mapped = jax.shard_map(
             partial(_forward, self, mode, batch_layout, widest),

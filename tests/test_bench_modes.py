@@ -39,6 +39,22 @@ def test_every_mode_is_timed_beside_the_floor(tmp_path):
         assert row["logits_error"] <= (1e-4 if mode.startswith("cas") else 0)
 
 
+def test_both_forms_of_was_are_timed():
+    more = ["--layers", "4", "--layer-loop", "unrolled", "--modes", "replicated,was"]
+    report = bench_modes.main([*ARGUMENTS, *more, "--tokens", "4"])
+    assert "errors" not in report
+    assert {row["what"] for row in report["link"]} == {"broadcast", "copy", "ppermute"}
+    _, collective, copies = report["steps"]
+    assert (collective["was_fetch"], copies["was_fetch"]) == ("collective", "copies")
+    assert copies["logits_error"] == collective["logits_error"] == 0
+    best = max(row["bytes_per_s"] for row in report["link"] if row["what"] == "copy")
+    layer = max(row["bytes"] for row in report["link"])
+    # Four layers, of which each replica gets two from the other.
+    assert copies["link_bound_ms"] == pytest.approx(2e3 * layer / best, rel=0.01)
+    with pytest.raises(SystemExit):
+        bench_modes.main([*ARGUMENTS, "--was-fetch", "copies"])
+
+
 def test_layers_from_the_host_are_timed_beside_all_at_home():
     host = ["--layers", "4", "--host-layers", "2", "--pool-size", "1", "--layer-loop", "unrolled"]
     report = bench_modes.main([*ARGUMENTS, "--tokens", "4", *host])

@@ -89,6 +89,7 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
         ("pool_size", None, r"pool_size=None must be an integer"),
         ("tensor_parallel_size", 0, "tensor_parallel_size=0 must be at least 1"),
         ("mode", "wass", r"mode='wass' must be one of auto, replicated, was, cas.*'was'"),
+        ("was_fetch", "host", r"was_fetch='host' must be one of auto, collective, copies"),
         ("layer_loop", "rolled", r"layer_loop='rolled' must be one of auto, scan, unrolled"),
         ("dtype", "fp8", r"dtype='fp8' must be one of bfloat16, float32"),
         ("load_format", "gguf", r"load_format='gguf' must be one of"),
@@ -140,6 +141,11 @@ def test_the_constructor_checks_as_well():
 def test_layers_of_the_host_are_for_one_gpu_that_fetches_them(key, value, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig(model="m", pool_host_layers=3, **{key: value})
+
+
+def test_copies_take_whole_arrays():
+    with pytest.raises(ConfigError, match="was_fetch='copies' needs layer_loop=unrolled or auto"):
+        EngineConfig(model="m", pool_size=2, was_fetch="copies", layer_loop="scan")
 
 
 @pytest.mark.parametrize("override", ["mode", "=was", ""])

@@ -17,6 +17,7 @@ GOLDEN = Path(__file__).with_name("golden")
         ("llama", {"mode": "was", "pool_size": 2, "resident_layers": 1, "layer_loop": "unrolled"}),
         ("qwen3", {"mode": "auto", "pool_size": 2}),
         ("qwen3", {"pool_host_layers": 2}),
+        ("qwen2", {"mode": "was", "pool_size": 2, "was_fetch": "copies"}),
     ],
 )
 def test_greedy_tokens_are_those_of_hugging_face(family, changes):

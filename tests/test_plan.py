@@ -406,7 +406,7 @@ def test_the_search_tries_every_way_to_use_the_node():
     assert tensor_sizes(model, 6) == [1, 2], "3 divides neither the heads"
     ways = {
         (c.pools, c.pool_size, c.tensor_size)
-        for c in pooled_candidates(model, 8, (WAS, CAS))
+        for c in pooled_candidates(model, 8, (WAS, CAS), load_profile("h200"))
         if c.pools * c.pool_size * c.tensor_size == 8
     }
     assert ways == {(1, 8, 1), (2, 4, 1), (4, 2, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4)}
@@ -421,10 +421,11 @@ def test_estimates_know_only_modes_that_they_know():
 
 def test_resident_layers_rule_out_the_staggered_schedule(monkeypatch):
     monkeypatch.setattr(plan_search, "RESIDENT_STEPS", 2)
-    ways = [*pooled_candidates(shape("qwen2.5_72b"), 8, (WAS, CAS_STAGGERED))]
+    node = shape("qwen2.5_72b"), 8
+    ways = [*pooled_candidates(*node, (WAS, CAS_STAGGERED), load_profile("h200"))]
     assert {c.modes for c in ways if c.resident_layers} == {(WAS,)}
     assert {c.modes for c in ways if not c.resident_layers} == {(WAS, CAS_STAGGERED)}
-    ways = [*pooled_candidates(shape("qwen2.5_72b"), 8, (CAS_STAGGERED,))]
+    ways = [*pooled_candidates(*node, (CAS_STAGGERED,), load_profile("h200"))]
     assert all(not c.resident_layers for c in ways)
 
 
@@ -544,6 +545,21 @@ def test_every_kind_of_configuration_has_its_tables(more, capsys):
     assert "Recommendation" in capsys.readouterr().out
     assert plan.main(["--config", "tiny.yaml", "workload=16,16"]) == 0
     assert "unknown" in capsys.readouterr().out
+
+
+def test_copies_hold_the_rows_in_use_and_on_their_way():
+    small = ("pool_size=2", "max_model_len=4096")
+    planned = {
+        fetch: make(*small, f"was_fetch={fetch}", "mode=was")["configurations"]["as configured"]
+        for fetch in ("auto", "copies", "collective")
+    }
+    assert planned["auto"] == planned["copies"]
+    layer = make(*small)["model"]["layer_bytes"]
+    held = {fetch: plan["memory"]["layer_buffers"] for fetch, plan in planned.items()}
+    assert held["copies"] == pytest.approx(3 * layer, rel=1e-3)
+    assert held["collective"] < 1.4 * layer
+    rates = {f: p["throughput"]["output_tokens_per_second"] for f, p in planned.items()}
+    assert rates["copies"] > rates["collective"]
 
 
 def test_layers_on_the_host_make_room_for_the_cache(capsys):

@@ -15,6 +15,7 @@ from sidp_jax.modes.policy import (
     LayerShape,
     Policy,
     PolicyState,
+    preferred_fetch,
 )
 
 QWEN72B = LayerShape(
@@ -57,7 +58,7 @@ def test_large_batches_fetch_weights_and_small_ones_send_activations():
 
 @pytest.mark.parametrize("tokens", [16, 8192])
 def test_a_fetch_from_the_host_rides_under_everything_before_it(tokens):
-    p = policy(modes=(WAS,), pool_size=1, resident_layers=60, on_host=True)
+    p = policy(modes=(WAS,), pool_size=1, resident_layers=60, was_fetch="host")
     home = policy(pool_size=1, modes=(REPLICATED,)).seconds(REPLICATED, tokens)
     fetch, attention = 1.755e9 / p.hardware.host_bandwidth, 1e-3
     # Layers 3, 7, ..., 79 lie on the host: four before each, for the first one of them in the step
@@ -75,6 +76,34 @@ def test_was_costs_the_longer_of_compute_and_fetch_and_their_interference():
     assert p.seconds(WAS, 4096) == pytest.approx(expected)
     dense = p.seconds(REPLICATED, 256)
     assert p.seconds(WAS, 256) == pytest.approx(fetch + dense / 80 + disturbed * dense)
+
+
+@pytest.mark.parametrize(("pool", "layers"), [(2, 80), (4, 80), (3, 8)])
+@pytest.mark.parametrize("tokens", [16, 1024, 8192])
+def test_copies_of_a_row_ride_under_the_row_before(pool, layers, tokens):
+    """Event by event: a row is sent off when the one before it begins, the first a step ahead."""
+    shape = replace(policy().shape, num_layers=layers)
+    p = Policy((WAS,), pool, shape, load_profile("h200"), was_fetch="copies")
+    attention, now, arrives = 2e-4, 0.0, 0.0
+    home = p.step_seconds(REPLICATED, tokens, attention) / layers
+    sent = shape.weight_bytes * (pool - 1) / pool / p.hardware.copy_bandwidth
+    rows = [min(pool, layers - at) for at in range(0, layers, pool)]
+    for row, following in zip(rows, (*rows[1:], rows[0]), strict=True):
+        now = max(now, arrives)
+        arrives = now + following * sent
+        now += row * home + p.hardware.copy_interference * min(row * home, following * sent)
+        # What takes longer, copies or compute, takes so much longer that nothing is counted twice.
+        arrives += p.hardware.copy_interference * min(row * home, following * sent)
+    expected = max(now, arrives)
+    assert p.step_seconds(WAS, tokens, attention) == pytest.approx(expected)
+
+
+def test_copies_are_preferred_in_small_pools_where_their_speed_is_known():
+    h200 = load_profile("h200")
+    assert [preferred_fetch(h200, pool) for pool in (2, 4, 5, 8)] == ["copies"] * 2 + [
+        "collective"
+    ] * 2
+    assert preferred_fetch(replace(h200, copy_bandwidth=0.0), 2) == "collective"
 
 
 def test_resident_layers_cost_the_same_in_every_mode():

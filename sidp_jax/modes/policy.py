@@ -19,9 +19,17 @@ CAS = "cas"
 CAS_STAGGERED = "cas_staggered"
 REPLICATED = "replicated"
 
+COLLECTIVE = "collective"
+COPIES = "copies"
+HOST = "host"
+"""How a layer comes in WaS: broadcast by its owner, copied from there, or from the host."""
+
+MOST_BY_COPIES = 4
+"""Replicas of a pool up to which copies are preferred: three buffers for each layer of a row that
+others own are nine layers then, which more replicas would not give back."""
 
 FETCH_RIDES_UNDER_ATTENTION = False
-"""Whether attention, too, hides a fetch: in today's compiled schedule of WaS it does not."""
+"""Whether attention, too, hides a broadcast: in today's compiled schedule of WaS it does not."""
 
 ROW_COPY = 1.2
 """Reads of a layer that XLA spends on picking a slab row on the device, without an indexed GEMM:
@@ -60,7 +68,7 @@ def layers_seconds(
     hardware: Hardware,
     resident_layers: int = 0,
     attention: float = 0.0,
-    on_host: bool = False,
+    was_fetch: str = COLLECTIVE,
 ) -> float:
     """Seconds of all layers of one step.
 
@@ -72,7 +80,7 @@ def layers_seconds(
         hardware: The GPU and its link.
         resident_layers: Layers that every replica keeps.
         attention: Seconds of one layer's attention, of the replica that takes longest.
-        on_host: Whether the host owns the layers that are not resident.
+        was_fetch: How a layer comes in WaS: ``collective``, ``copies`` or ``host``.
 
     Raises:
         ValueError: The mode is unknown, or staggered with resident layers.
@@ -86,7 +94,10 @@ def layers_seconds(
         return layers * home
     if mode == WAS:
         spans = (first, *later)
-        return _was_seconds(spans, dense, reduction, attention, shape, hardware, on_host)
+        if was_fetch == COLLECTIVE:
+            return _was_seconds(spans, dense, reduction, attention, shape, hardware)
+        fetch = fetch_seconds(shape, hardware, was_fetch, pool_size)
+        return _copied_seconds(spans, home, fetch, pool_size, hardware, was_fetch)
     if mode == CAS:
         everyone = pool_size * tokens
         served = hardware.dense_seconds(everyone, shape.weight_bytes, shape.flops_per_token)
@@ -110,25 +121,41 @@ def _was_seconds(
     attention: float,
     shape: LayerShape,
     hardware: Hardware,
-    on_host: bool,
 ) -> float:
-    """A fetch rides under the layers before it; nothing is before the first one's.
-
-    Copies from the host take neither cores nor turns: they ride under attention, too, and the first
-    one under the last layers of the step before.
-    """
-    fetch = fetch_seconds(shape, hardware, on_host)
-    hidden = attention if FETCH_RIDES_UNDER_ATTENTION or on_host else 0.0
-    interference = 0.0 if on_host else hardware.fetch_interference
+    """A fetch rides under the layers before it; nothing is before the first one's."""
+    fetch = fetch_seconds(shape, hardware)
+    hidden = attention if FETCH_RIDES_UNDER_ATTENTION else 0.0
     *before, last = spans
-    if on_host and before:
-        before[0], last = last + before[0], 0
     seconds = sum(spans) * (attention - hidden) + last * (dense + reduction + hidden)
     for count in before:
         computed = count * (dense + reduction + hidden)
         # Reductions share the link with the fetch, so they lengthen it.
         seconds += max(computed, fetch + count * reduction)
-        seconds += interference * min(computed, fetch)
+        seconds += hardware.fetch_interference * min(computed, fetch)
+    return seconds
+
+
+def _copied_seconds(
+    spans: tuple[int, ...],
+    home: float,
+    fetch: float,
+    pool_size: int,
+    hardware: Hardware,
+    was_fetch: str,
+) -> float:
+    """Copies ride under all that a layer does, a row of the slab under the row before it.
+
+    The first row comes under the last one of the step before.
+    """
+    first, *later = spans
+    rows = [later[at : at + pool_size] for at in range(0, len(later), pool_size)]
+    share = hardware.copy_interference if was_fetch == COPIES else 0.0
+    seconds = first * home
+    for row, arriving in zip(rows, (*rows[1:], rows[0]), strict=True):
+        # The layers before the first pooled one hide the first row's copies, too.
+        hiding = sum(row) + (first if arriving is rows[0] else 0)
+        computed, copied = hiding * home, len(arriving) * fetch
+        seconds += sum(row) * home + max(0.0, copied - computed) + share * min(computed, copied)
     return seconds
 
 
@@ -139,9 +166,25 @@ def _indexed(dense: float, tokens: int, shape: LayerShape, hardware: Hardware) -
     return dense + ROW_COPY * shape.weight_bytes / hardware.memory_bandwidth
 
 
-def fetch_seconds(shape: LayerShape, hardware: Hardware, on_host: bool = False) -> float:
-    """Seconds that one layer takes over the link, or from the host."""
-    return shape.weight_bytes / (hardware.host_bandwidth if on_host else hardware.link_bandwidth)
+def fetch_seconds(
+    shape: LayerShape, hardware: Hardware, was_fetch: str = COLLECTIVE, pool_size: int = 1
+) -> float:
+    """Seconds that one layer takes over the link, or from the host.
+
+    By copies a row of the slab crosses at once, each layer from another owner: on average a layer
+    takes as long as the share of replicas that it has to be sent to.
+    """
+    if was_fetch == HOST:
+        return shape.weight_bytes / hardware.host_bandwidth
+    if was_fetch == COPIES:
+        sent = shape.weight_bytes * (pool_size - 1) / pool_size
+        return sent / (hardware.copy_bandwidth or hardware.link_bandwidth)
+    return shape.weight_bytes / hardware.link_bandwidth
+
+
+def preferred_fetch(hardware: Hardware, pool_size: int) -> str:
+    """How WaS fetches unless it is told: by copies where their speed is known, in small pools."""
+    return COPIES if hardware.copy_bandwidth and pool_size <= MOST_BY_COPIES else COLLECTIVE
 
 
 def lockstep_hop_seconds(
@@ -233,7 +276,7 @@ class Policy:
         margin: Least saving that is worth a switch, as a share of the current mode's cost. Below
             0.05, so that no mode is kept that costs over 5% more than the best.
         resident_layers: Layers that every replica keeps; they cost the same in every mode.
-        on_host: Whether the host owns the other layers.
+        was_fetch: How a layer comes in WaS: ``collective``, ``copies`` or ``host``.
     """
 
     modes: tuple[str, ...]
@@ -242,7 +285,7 @@ class Policy:
     hardware: Hardware
     margin: float = 0.04
     resident_layers: int = 0
-    on_host: bool = False
+    was_fetch: str = COLLECTIVE
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -267,7 +310,7 @@ class Policy:
             self.hardware,
             self.resident_layers,
             attention,
-            self.on_host,
+            self.was_fetch,
         )
 
     @cached_property

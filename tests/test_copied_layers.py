@@ -1,4 +1,4 @@
-"""Layers that the host owns: the same bits as with all layers at home, from two buffers."""
+"""WaS by copies, from the host or from owners: the bits of all layers at home, few buffers."""
 
 import weakref
 
@@ -21,42 +21,51 @@ PAGE_SIZE, PAGES, SEQS = 4, 6, 2
 BATCHES = tuple(BatchLayout(tokens, SEQS, 4, 3) for tokens in (4, 16))
 # Layers and resident ones: the first period has layers or none; one, two and more are fetched.
 CASES = [(6, 4), (5, 0), (3, 2), (4, 1), (7, 4), (1, 0)]
+# Pool, devices of a replica, layers and resident ones: rows that are whole, short, and only one.
+POOLS = [(2, 1, 6, 0), (2, 1, 7, 2), (4, 1, 9, 0), (3, 1, 8, 3), (2, 2, 5, 1), (3, 1, 3, 0)]
 
 
-def make_runner(layers, resident, **changes):
-    """A runner without its engine, not warmed up, and its modes' steps."""
-    on_host = resident < layers
-    config, mesh = small_config(layers, **changes), make_mesh(1)
-    layout = PoolLayout(layers, 1, resident, on_host)
+def make_runner(layers, resident, *, pool=1, tensor=1, **changes):
+    """A runner without its engine, not warmed up, and its modes' steps.
+
+    With fewer resident layers than all, those of a pool of one are the host's.
+    """
+    fetched = resident < layers
+    config, mesh = small_config(layers, **changes), make_mesh(pool, tensor)
+    layout = PoolLayout(layers, pool, resident, on_host=fetched and pool == 1)
     weights = random_weights(config, layout, mesh, "unrolled")
     shapes = RunnerShapes(BATCHES, SEQS, PAGE_SIZE, PAGES, np.dtype(np.float32))
-    steps = tuple(("was" if on_host else "replicated", batch) for batch in BATCHES)
-    return Runner(StepProgram(config, layout, mesh, "reference"), weights, shapes, steps)
+    steps = tuple(("was" if fetched else "replicated", batch) for batch in BATCHES)
+    program = StepProgram(config, layout, mesh, "reference", was_fetch="copies")
+    return Runner(program, weights, shapes, steps)
 
 
-def packed(batch):
-    """Two prompts that fill a batch, of which the first goes on in the next batch's pages."""
+def packed(batch, pool):
+    """For each replica two prompts that fill a batch, in the pages of the other batches."""
     lengths = (batch.tokens // 2 + 1, batch.tokens // 2 - 1)
-    chunks, rng = [], np.random.default_rng(batch.tokens)
-    for slot, length in enumerate(lengths):
-        prompt = rng.integers(0, 90, length).tolist()
-        sequence = Sequence(
-            slot, str(slot), 0, prompt, SamplingParams(temperature=0, max_tokens=1), 0, 1
-        )
-        sequence.slot = slot
-        sequence.pages.extend(range(3 * slot, 3 * slot + 3))
-        chunks.append(Chunk(sequence, 0, length, True))
-    return build_batch(StepPlan([chunks]), batch, PAGE_SIZE)
+    replicas, rng = [], np.random.default_rng(batch.tokens)
+    for _ in range(pool):
+        chunks = []
+        for slot, length in enumerate(lengths):
+            prompt = rng.integers(0, 90, length).tolist()
+            sequence = Sequence(
+                slot, str(slot), 0, prompt, SamplingParams(temperature=0, max_tokens=1), 0, 1
+            )
+            sequence.slot = slot
+            sequence.pages.extend(range(3 * slot, 3 * slot + 3))
+            chunks.append(Chunk(sequence, 0, length, True))
+        replicas.append(chunks)
+    return build_batch(StepPlan(replicas), batch, PAGE_SIZE)
 
 
 def steps_of(runner, order):
     """Runs batches, by their place in ``BATCHES``; yields the logits and what was fed."""
     programs = [runner._lower_forward(*step).compile() for step in runner.steps]
     sharding = runner.program.per_replica()
-    kv = allocate(runner._kv_spec())
-    last_tokens = jax.device_put(np.zeros((1, SEQS), np.int32), sharding)
+    kv, pool = allocate(runner._kv_spec()), runner.program.layout.pool_size
+    last_tokens = jax.device_put(np.zeros((pool, SEQS), np.int32), sharding)
     for place in order:
-        buffer = jax.device_put(packed(BATCHES[place]), sharding)
+        buffer = jax.device_put(packed(BATCHES[place], pool), sharding)
         kv, logits, fed = programs[place](runner.weights, kv, last_tokens, buffer)
         yield np.asarray(logits), np.asarray(fed), np.asarray(kv.k), np.asarray(kv.v)
 
@@ -70,6 +79,50 @@ def test_bit_identical_to_replicated(layers, resident):
     assert not np.array_equal(ours[1][0], ours[2][0])
     for got, expected in zip(ours, theirs, strict=True):
         jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(("pool", "tensor", "layers", "resident"), POOLS)
+def test_a_pool_is_bit_identical_to_replicated(pool, tensor, layers, resident):
+    order, mesh = (1, 0, 1), {"pool": pool, "tensor": tensor}
+    ours = list(steps_of(make_runner(layers, resident, **mesh), order))
+    theirs = list(steps_of(make_runner(layers, layers, **mesh), order))
+    assert len({logits.tobytes() for logits in ours[0][0]}) == pool
+    for got, expected in zip(ours, theirs, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_a_pool_copies_each_layer_to_the_others_once_a_step_and_holds_three_rows(monkeypatch):
+    pool, layers, copied, alive, most = 3, 9, [], [], 0
+    put, assemble = jax.device_put, jax.make_array_from_single_device_arrays
+
+    def living():
+        return sum(array() is not None for array in alive)
+
+    def watched_put(arrays, device):
+        if isinstance(arrays, list):
+            assert {array.device for array in arrays}.isdisjoint({device})
+            copied.append(device)
+        return put(arrays, device)
+
+    def watched_assemble(*arguments):
+        nonlocal most
+        array = assemble(*arguments)
+        alive.append(weakref.ref(array))
+        most = max(most, living())
+        return array
+
+    monkeypatch.setattr(jax, "device_put", watched_put)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", watched_assemble)
+    runner = make_runner(layers, 0, pool=pool)
+    sent = [len(copied) for _ in steps_of(runner, (1, 0, 1))]
+    assert sent == [(pool - 1) * (pool + layers * step) for step in (1, 2, 3)]
+    a_row = pool * len(runner.weights.pooled[0])
+    assert living() == a_row  # the next step's first
+    assert most <= 3 * a_row
+    held = runner._lower_forward(*runner.steps[0]).memory.argument_size_in_bytes
+    layer = sum(leaf.nbytes for leaf in runner.weights.pooled[0].values()) // pool
+    rest = nbytes_per_device([runner.weights, runner._kv_spec()]) + 4 * (SEQS + BATCHES[0].size)
+    assert held == rest + 3 * (pool - 1) * layer
 
 
 def test_a_tied_model_of_another_family():
@@ -117,7 +170,7 @@ def test_periods_of_equal_length_share_a_program():
     runner = make_runner(8, 4)
     lowered = runner._lower_forward(*runner.steps[1])
     # 0 | 1, 2 | 3, 4 | 5, 6 | 7
-    assert set(lowered.parts) == {"begin", (False, 1), (True, 1), (True, 0), "end"}
+    assert set(lowered.parts) == {"begin", ((False, 1),), ((True, 1),), ((True, 0),), "end"}
     text = lowered.compile().as_text()
     assert text.count("HloModule jit__") == 5
     assert "HloModule jit__forward_begin" in text  # what begins a step in a trace

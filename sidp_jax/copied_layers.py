@@ -1,15 +1,16 @@
-"""Layers that the host owns: a step is several programs, between which it sends for the next layer.
+"""WaS by copies: a step is several programs, between which the host sends for the next layers.
 
-While the layers from one fetched layer up to the next are computed, the next is copied by the GPU's
-copy engine from the host's pinned memory. Inside of one program XLA would start each copy just in
-time by its own estimate, which no flag and no measured latency mends, and compute would wait. So
-each period, a fetched layer and the resident ones behind it, is a program of its own, and the
-copies are the runtime's, on its own stream. At most two fetched layers are on the device: the one
-in use and the one that arrives.
+While the layers of one period are computed, those of the next are copied by the GPUs' copy engines,
+from the host's pinned memory or from the GPU of their owner. Neither takes cores from the compute,
+as a collective does. Inside of one program XLA would start each copy just in time by its own
+estimate, which no flag and no measured latency mends, and compute would wait. So each period, a
+fetched layer (of a pool: a row of the slab) and the resident ones behind it, is a program of its
+own, and the copies are the runtime's, on their own streams.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -45,36 +47,78 @@ _PER_REPLICA = PartitionSpec(POOL)
 
 
 class _Layers(NamedTuple):
-    """The layers of a period: at most one fetched, still with the axis of the pool, goes first."""
+    """The layers of a span: at most one fetched, still with the axis of the pool, goes first."""
 
     fetched: tuple[LayerParams, ...]
     resident: tuple[LayerParams, ...]
 
 
-Part = str | tuple[bool, int]
-"""``begin``, ``end``, or of a period: whether a fetched layer is first, and the resident layers."""
+Period = tuple[Span, ...]
+"""Spans that one program runs, whose pooled layers are one row of the slab, or are none."""
+
+Part = str | tuple[tuple[bool, int], ...]
+"""``begin``, ``end``, or of a period the shapes of its spans."""
 
 
 class Arrivals:
-    """The last layer that was sent for, which outlives the step: the next one begins with it."""
+    """The last row that was sent for, which outlives the step: the next one begins with it."""
 
     def __init__(self):
         self._source: LayerParams | None = None
-        self._layer: LayerParams = {}
+        self._layers: tuple[LayerParams, ...] = ()
+        self._shards: dict[int, list[list[jax.Array]]] = {}  # by the row's identity
 
-    def layer(self, source: LayerParams) -> LayerParams:
-        """A layer on the device, sent for now unless it was the last one; nothing is waited for.
+    def row(self, source: LayerParams, owners: int) -> tuple[LayerParams, ...]:
+        """The layers of a row at every replica, in order; nothing is waited for.
+
+        They are sent for now unless they were the last.
 
         Args:
-            source: A row of the slab, ``[pool, ...]``, whose kernels the host holds.
+            source: The row, arrays ``[pool, ...]``; entry ``o`` is with its owner, or with the
+                host.
+            owners: Replicas that own a layer of it.
+
+        Returns:
+            For each layer arrays ``[pool, ...]``, of which entry ``i`` is replica ``i``'s copy.
         """
         if self._source is not source:
-            self._source, self._layer = None, {}  # the one before may go first
-            kernels = {name: leaf for name, leaf in source.items() if is_on_host(leaf)}
-            sharding = {name: _on_device(leaf).sharding for name, leaf in kernels.items()}
-            self._layer = {**source, **jax.device_put(kernels, sharding)}
+            self._source, self._layers = None, ()  # those before may go first
+            on_host = any(is_on_host(leaf) for leaf in source.values())
+            self._layers = (
+                (_from_host(source),)
+                if on_host
+                else tuple(self._from_owner(source, owner) for owner in range(owners))
+            )
             self._source = source
-        return self._layer
+        return self._layers
+
+    def _from_owner(self, source: LayerParams, owner: int) -> LayerParams:
+        """A layer copied from the devices of its owner to those of all others."""
+        devices = next(iter(source.values())).sharding.mesh.devices
+        shards = self._shards.setdefault(id(source), _shards_by_device(source, devices))
+        copies = []
+        for replica, row in enumerate(devices):
+            for own, device in zip(shards[owner], row, strict=True):
+                copies.append(own if replica == owner else jax.device_put(own, device))
+        return {
+            name: jax.make_array_from_single_device_arrays(
+                leaf.shape, leaf.sharding, [copy[place] for copy in copies]
+            )
+            for place, (name, leaf) in enumerate(source.items())
+        }
+
+
+def _shards_by_device(source: LayerParams, devices: np.ndarray) -> list[list[list[jax.Array]]]:
+    """For each device of the mesh, ``[pool][tensor]``, its part of every array of a row."""
+    held = [{s.device: s.data for s in leaf.addressable_shards} for leaf in source.values()]
+    return [[[leaf[device] for leaf in held] for device in row] for row in devices]
+
+
+def _from_host(source: LayerParams) -> LayerParams:
+    """A layer whose kernels are copied from the host's memory."""
+    kernels = {name: leaf for name, leaf in source.items() if is_on_host(leaf)}
+    sharding = {name: _on_device(leaf).sharding for name, leaf in kernels.items()}
+    return {**source, **jax.device_put(kernels, sharding)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +126,7 @@ class StepMemory:
     """What a step holds on one device, with the names of ``Compiled.memory_analysis()``.
 
     Attributes:
-        argument_size_in_bytes: Weights on the device, both buffers of fetched layers, the cache,
+        argument_size_in_bytes: Weights on the device, all buffers of fetched layers, the cache,
             last tokens and batch.
         output_size_in_bytes: Cache, logits and batch.
         temp_size_in_bytes: Temporaries of the program that has most, and the residual stream.
@@ -96,7 +140,7 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
-class HostForward:
+class CopiedForward:
     """The forward programs of one batch shape; stands for the one program of other layouts.
 
     Attributes:
@@ -117,7 +161,7 @@ class HostForward:
         kv: KVCache,
         last_tokens: jax.ShapeDtypeStruct,
         buffer: jax.ShapeDtypeStruct,
-    ) -> LoweredHostForward:
+    ) -> LoweredCopiedForward:
         """Traces the programs; of periods with equally many layers, one.
 
         Args:
@@ -132,28 +176,41 @@ class HostForward:
             table.dtype,
             sharding=self.program.per_replica(),
         )
-        row = {name: _on_device(leaf) for name, leaf in weights.pooled[0].items()}
         stream = _PER_REPLICA, _PER_REPLICA
         parts = {"begin": self._lower(_forward_begin, stream, outer, last_tokens, buffer)}
-        for span in _periods(layout):
-            if span.shape not in parts:
-                layers = _layers_of(span, weights, None if span.pooled is None else row)
+        row = {name: _on_device(leaf) for name, leaf in weights.pooled[0].items()}
+        for period in _periods(layout):
+            if (shape := _shape(period)) not in parts:
+                layers = _layers_of(period, weights, (row,) * _num_fetched(period))
                 out = _PER_REPLICA, KVCache(KV_PARTITION, KV_PARTITION), _PER_REPLICA
-                arguments = layers, self.numbers(span), x, kv, buffer
-                parts[span.shape] = self._lower(_period, out, *arguments, donated=(2, 3))
+                arguments = layers, self.numbers(period), x, kv, buffer
+                parts[shape] = self._lower(_period, out, *arguments, donated=(2, 3))
         result = Forwarded(None, _PER_REPLICA, _PER_REPLICA)
         end = partial(_end, widest=self.widest)
         parts["end"] = self._lower(end, result, outer, x, last_tokens, buffer)
-        # What the step before sent for is the first layer again if there is no other.
-        fetched = [row[name] for name, leaf in weights.pooled[0].items() if is_on_host(leaf)]
-        held = [weights, [fetched] * min(2, len(weights.pooled)), kv, last_tokens, buffer]
+        held = [weights, self.buffers(weights), kv, last_tokens, buffer]
         kv_bytes = nbytes_per_device(kv)
         memory = StepMemory(nbytes_per_device(held), kv_bytes, nbytes_per_device(x), kv_bytes)
-        return LoweredHostForward(self, parts, memory)
+        return LoweredCopiedForward(self, parts, memory)
 
-    def numbers(self, span: Span) -> jax.Array:
+    def buffers(self, weights: Weights) -> list[LayerParams]:
+        """What fetched layers take on a device at most: for each buffer its arrays.
+
+        A layer is there while it is used and while it arrives; from an owner it is sent for one
+        period earlier, and from each row all layers come but the device's own. What the step before
+        sent for is the first row again if there is no other.
+        """
+        layout = self.program.layout
+        if layout.on_host:
+            row = weights.pooled[0].items()
+            arriving = [{name: _on_device(leaf) for name, leaf in row if is_on_host(leaf)}]
+            return arriving * min(2, layout.rows)
+        return [weights.pooled[0]] * (layout.pool_size - 1) * min(3, layout.rows)
+
+    def numbers(self, period: Period) -> jax.Array:
         """The numbers of a period's layers in order, int32, on the device."""
-        return jax.device_put(span.numbers[1:], NamedSharding(self.program.mesh, PartitionSpec()))
+        numbers = np.concatenate([span.numbers[1:] for span in period])
+        return jax.device_put(numbers, NamedSharding(self.program.mesh, PartitionSpec()))
 
     def _lower(
         self, function: Any, out_specs: Any, *arguments: Any, donated: tuple[int, ...] = ()
@@ -169,7 +226,7 @@ class HostForward:
 
 
 @dataclass(frozen=True)
-class LoweredHostForward:
+class LoweredCopiedForward:
     """The traced programs; stands for ``jax.stages.Lowered``.
 
     Attributes:
@@ -178,11 +235,11 @@ class LoweredHostForward:
         memory: What a step holds, without what only the compiler knows.
     """
 
-    forward: HostForward
+    forward: CopiedForward
     parts: Mapping[Part, jax.stages.Lowered]
     memory: StepMemory
 
-    def compile(self, options: dict[str, Any] | None = None) -> CompiledHostForward:
+    def compile(self, options: dict[str, Any] | None = None) -> CompiledCopiedForward:
         """Compiles the programs side by side, with options like ``Lowered.compile``."""
         with ThreadPoolExecutor(len(self.parts)) as pool:
             compiled = pool.map(lambda lowered: lowered.compile(options), self.parts.values())
@@ -197,35 +254,44 @@ class LoweredHostForward:
         )
         forward = self.forward
         # The numbers are here from now on: in a step they would queue behind the copies.
-        periods = [(span, forward.numbers(span)) for span in _periods(forward.program.layout)]
-        return CompiledHostForward(forward.arrivals, parts, periods, memory)
+        layout = forward.program.layout
+        periods = [(period, forward.numbers(period)) for period in _periods(layout)]
+        ahead = 0 if layout.on_host else 1
+        return CompiledCopiedForward(forward.arrivals, parts, periods, ahead, memory)
 
 
 @dataclass(frozen=True)
-class CompiledHostForward:
+class CompiledCopiedForward:
     """Runs a step; stands for ``jax.stages.Compiled``.
 
     Attributes:
-        arrivals: The layer that the step before has sent for.
+        arrivals: The row that the step before has sent for.
         parts: The programs.
-        periods: For each period its layers, and their numbers on the device.
+        periods: For each period its spans, and the numbers of its layers on the device.
+        ahead: Periods in the queue of the devices beside the one that runs.
         memory: What a step holds.
     """
 
     arrivals: Arrivals
     parts: Mapping[Part, jax.stages.Compiled]
-    periods: Sequence[tuple[Span, jax.Array]]
+    periods: Sequence[tuple[Period, jax.Array]]
+    ahead: int
     memory: StepMemory
 
     def __call__(
         self, weights: Weights, kv: KVCache, last_tokens: jax.Array, buffer: jax.Array
     ) -> Forwarded:
-        """Sends one step to the device, and the first fetched layer of the next one after it.
+        """Sends one step to the devices, and the first row of the next one after it.
 
-        The host waits here until the last period but one is over: a layer is sent for once the
-        buffer of the last but one is free. What it has left to plan the next step in is the last
-        period, the head and the next step's first period. That does for steps as long as pay for
-        layers on the host, some hundred milliseconds.
+        A copy waits for what is in the queue of its device when it is sent off, as what is in it
+        may still use the memory. So the row of the next period is sent off before this period is
+        put into the queue. From the host, whose copies take far longer than a layer, that is when
+        the period before is over: two buffers do, and the devices wait for the host for as long as
+        it takes to send off one layer. From owners it is while the period before still runs, so
+        that the devices never wait; a third buffer arrives then.
+
+        The host waits here until the last period but one (from owners: but two) is over. What it
+        has left to plan the next step in are the periods after that and the head.
 
         Args:
             weights: The weights.
@@ -234,20 +300,22 @@ class CompiledHostForward:
             buffer: The packed batch, int32 ``[pool, size]``.
         """
         rows, outer = weights.pooled, _outer(weights)
-        self.arrivals.layer(rows[0])  # under way, but for a first step
+        widths = [_num_fetched(period) for period, _ in self.periods if _num_fetched(period)]
+        self.arrivals.row(rows[0], widths[0])  # under way, but for a first step
         x, marker = self.parts["begin"](outer, last_tokens, buffer)
+        over = deque([marker])  # when they are ready, so are the programs up to theirs
         row = 0
-        for span, numbers in self.periods:
-            fetched = None
-            if span.pooled is not None:
-                fetched = self.arrivals.layer(rows[row])
-                # The period before is over, and so the buffer of its fetched layer free. The copy
-                # is sent off first: with the period in the queue it would wait for that, too.
-                jax.block_until_ready(marker)
+        for period, numbers in self.periods:
+            fetched = ()
+            if _num_fetched(period):
+                fetched = self.arrivals.row(rows[row], widths[row])
+                while len(over) > self.ahead:
+                    jax.block_until_ready(over.popleft())
                 row = (row + 1) % len(rows)
-                self.arrivals.layer(rows[row])
-            period = self.parts[span.shape]
-            x, kv, marker = period(_layers_of(span, weights, fetched), numbers, x, kv, buffer)
+                self.arrivals.row(rows[row], widths[row])
+            run = self.parts[_shape(period)]
+            x, kv, marker = run(_layers_of(period, weights, fetched), numbers, x, kv, buffer)
+            over.append(marker)
         return self.parts["end"](outer, x, last_tokens, buffer)._replace(kv=kv)
 
     def memory_analysis(self) -> StepMemory:
@@ -275,7 +343,7 @@ def _forward_begin(
 def _period(
     program: StepProgram,
     batch_layout: BatchLayout,
-    layers: _Layers,
+    spans_layers: tuple[_Layers, ...],
     numbers: Int[Array, "layers"],
     x: Float[Array, "tokens hidden"],
     kv: KVCache,
@@ -283,7 +351,10 @@ def _period(
 ) -> tuple[Float[Array, "tokens hidden"], KVCache, Float[Array, "1"]]:
     context = layer_context(program, WAS, read_batch(buffer, batch_layout), x.dtype)
     mine = KVCache(kv.k[0], kv.v[0])
-    for place, params in enumerate((*local_slab(layers.fetched), *layers.resident)):
+    layers = [
+        params for each in spans_layers for params in (*local_slab(each.fetched), *each.resident)
+    ]
+    for place, params in enumerate(layers):
         x, mine = context.run_layer(params, numbers[place], x, mine)
     return x, KVCache(mine.k[None], mine.v[None]), _marker(x)
 
@@ -314,15 +385,34 @@ def _outer(weights: Weights) -> Weights:
     return weights._replace(pooled=(), resident=())
 
 
-def _layers_of(span: Span, weights: Weights, fetched: LayerParams | None) -> _Layers:
-    first = span.first_resident
-    resident = weights.resident[first : first + len(span.resident)]
-    return _Layers(() if fetched is None else (fetched,), resident)
+def _layers_of(
+    period: Period, weights: Weights, fetched: Sequence[LayerParams]
+) -> tuple[_Layers, ...]:
+    arrived = iter(fetched)
+    return tuple(
+        _Layers(
+            () if span.pooled is None else (next(arrived),),
+            weights.resident[span.first_resident : span.first_resident + len(span.resident)],
+        )
+        for span in period
+    )
 
 
-def _periods(layout: PoolLayout) -> list[Span]:
+def _periods(layout: PoolLayout) -> list[Period]:
     """The periods, of which the first may have no layer, and then is none."""
-    return [span for span in spans(layout) if any(span.shape)]
+    before, *pooled = spans(layout)
+    first = [(before,)] if any(before.shape) else []
+    size = layout.pool_size
+    return first + [tuple(pooled[at : at + size]) for at in range(0, len(pooled), size)]
+
+
+def _shape(period: Period) -> Part:
+    """What of a period is visible in its program."""
+    return tuple(span.shape for span in period)
+
+
+def _num_fetched(period: Period) -> int:
+    return sum(span.pooled is not None for span in period)
 
 
 def _on_device(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
