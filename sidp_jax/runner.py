@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,10 @@ class Runner:
         self._last_tokens = jax.device_put(
             np.zeros((pool, self.shapes.max_num_seqs), np.int32), self.program.per_replica()
         )
-        for (mode, batch), variant in product(self.steps, SAMPLERS):
+        # A sampler sees the widest shape after each: every program runs once, not every pair.
+        pairs = [(step, SAMPLERS[0]) for step in self.steps]
+        pairs += [(self.steps[0], variant) for variant in SAMPLERS[1:]]
+        for (mode, batch), variant in pairs:
             self.launch(mode, variant, batch, batch.empty(pool))
         jax.block_until_ready(self._kv)
         logger.info(
