@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from sidp_jax.batch import BatchLayout
+from sidp_jax.copied_layers import CompiledCopiedForward
 from sidp_jax.kv_cache import kv_cache_spec
 from sidp_jax.mesh import make_mesh, xla_flags
 from sidp_jax.models.config import ModelConfig
+from sidp_jax.modes.policy import COLLECTIVE
 from sidp_jax.pool import PoolLayout
 from sidp_jax.step import StepProgram
 from sidp_jax.weights import LayerLoop, weights_spec
@@ -204,13 +206,14 @@ def compile_forward(
     attention: str = "mosaic",
     tensor_size: int = 1,
     resident_layers: int = 0,
+    was_fetch: str = COLLECTIVE,
     page_size: int = 64,
     max_num_seqs: int = 256,
     max_pages_per_seq: int = 64,
     max_num_batched_tokens: int | None = None,
     stop_ids: int = 17,
     dtype: str = "bfloat16",
-) -> jax.stages.Compiled:
+) -> jax.stages.Compiled | CompiledCopiedForward:
     """Compiles the forward program of a step as a node of GPUs would run it.
 
     Args:
@@ -225,6 +228,7 @@ def compile_forward(
         attention: ``mosaic`` on Hopper; ``reference`` on a B200, for which there are no kernels.
         tensor_size: Devices of one replica.
         resident_layers: Layers that every replica keeps.
+        was_fetch: How ``was`` fetches: ``collective``, or ``copies`` between several programs.
         page_size: Tokens of a page.
         max_num_seqs: Sequences of one replica.
         max_pages_per_seq: Pages of the longest sequence.
@@ -246,7 +250,7 @@ def compile_forward(
     resident = layers if mode == "replicated" else resident_layers
     mesh = make_mesh(pool_size, tensor_size, devices=devices)
     layout = PoolLayout(layers, pool_size, resident)
-    program = StepProgram(model_config, layout, mesh, attention)
+    program = StepProgram(model_config, layout, mesh, attention, was_fetch)
     numbers = jnp.dtype(dtype)
     weights = weights_spec(model_config, layout, mesh, layer_loop=layer_loop, dtype=numbers)
     kv = kv_cache_spec(

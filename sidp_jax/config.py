@@ -111,7 +111,7 @@ class EngineConfig:
         was_fetch: How a layer comes from its owner in ``was``: broadcast inside of the step's one
             program (``collective``), or copied by the GPUs' copy engines between programs of some
             layers each (``copies``), which leaves the cores to the compute and takes more buffers;
-            ``auto`` copies in pools of up to four where the hardware's profile knows how fast.
+            ``auto`` copies in pools of two where the hardware's profile knows how fast.
         layer_loop: Form of the loop over the layers.
         resident_layers: Layers that every replica keeps.
         pool_host_layers: Layers that the host owns: they lie in its pinned memory and are fetched

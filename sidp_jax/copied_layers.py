@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -177,13 +178,15 @@ class CopiedForward:
             sharding=self.program.per_replica(),
         )
         stream = _PER_REPLICA, _PER_REPLICA
+        everywhere = NamedSharding(self.program.mesh, PartitionSpec())
         parts = {"begin": self._lower(_forward_begin, stream, outer, last_tokens, buffer)}
         row = {name: _on_device(leaf) for name, leaf in weights.pooled[0].items()}
         for period in _periods(layout):
             if (shape := _shape(period)) not in parts:
                 layers = _layers_of(period, weights, (row,) * _num_fetched(period))
                 out = _PER_REPLICA, KVCache(KV_PARTITION, KV_PARTITION), _PER_REPLICA
-                arguments = layers, self.numbers(period), x, kv, buffer
+                count = jax.ShapeDtypeStruct(_numbers(period).shape, jnp.int32, sharding=everywhere)
+                arguments = layers, count, x, kv, buffer
                 parts[shape] = self._lower(_period, out, *arguments, donated=(2, 3))
         result = Forwarded(None, _PER_REPLICA, _PER_REPLICA)
         end = partial(_end, widest=self.widest)
@@ -206,11 +209,6 @@ class CopiedForward:
             arriving = [{name: _on_device(leaf) for name, leaf in row if is_on_host(leaf)}]
             return arriving * min(2, layout.rows)
         return [weights.pooled[0]] * (layout.pool_size - 1) * min(3, layout.rows)
-
-    def numbers(self, period: Period) -> jax.Array:
-        """The numbers of a period's layers in order, int32, on the device."""
-        numbers = np.concatenate([span.numbers[1:] for span in period])
-        return jax.device_put(numbers, NamedSharding(self.program.mesh, PartitionSpec()))
 
     def _lower(
         self, function: Any, out_specs: Any, *arguments: Any, donated: tuple[int, ...] = ()
@@ -253,11 +251,7 @@ class LoweredCopiedForward:
             temp_size_in_bytes=known.temp_size_in_bytes + temporaries,
         )
         forward = self.forward
-        # The numbers are here from now on: in a step they would queue behind the copies.
-        layout = forward.program.layout
-        periods = [(period, forward.numbers(period)) for period in _periods(layout)]
-        ahead = 0 if layout.on_host else 1
-        return CompiledCopiedForward(forward.arrivals, parts, periods, ahead, memory)
+        return CompiledCopiedForward(forward, parts, memory)
 
 
 @dataclass(frozen=True)
@@ -265,18 +259,25 @@ class CompiledCopiedForward:
     """Runs a step; stands for ``jax.stages.Compiled``.
 
     Attributes:
-        arrivals: The row that the step before has sent for.
+        forward: What was compiled.
         parts: The programs.
-        periods: For each period its spans, and the numbers of its layers on the device.
-        ahead: Periods in the queue of the devices beside the one that runs.
         memory: What a step holds.
     """
 
-    arrivals: Arrivals
+    forward: CopiedForward
     parts: Mapping[Part, jax.stages.Compiled]
-    periods: Sequence[tuple[Period, jax.Array]]
-    ahead: int
     memory: StepMemory
+
+    @cached_property
+    def _periods(self) -> list[tuple[Period, jax.Array]]:
+        """The periods with the numbers of their layers, on the devices since the first step.
+
+        In a later one they would queue behind the copies.
+        """
+        program = self.forward.program
+        everywhere = NamedSharding(program.mesh, PartitionSpec())
+        periods = _periods(program.layout)
+        return [(period, jax.device_put(_numbers(period), everywhere)) for period in periods]
 
     def __call__(
         self, weights: Weights, kv: KVCache, last_tokens: jax.Array, buffer: jax.Array
@@ -299,20 +300,22 @@ class CompiledCopiedForward:
             last_tokens: int32 ``[pool, slots]``.
             buffer: The packed batch, int32 ``[pool, size]``.
         """
-        rows, outer = weights.pooled, _outer(weights)
-        widths = [_num_fetched(period) for period, _ in self.periods if _num_fetched(period)]
-        self.arrivals.row(rows[0], widths[0])  # under way, but for a first step
+        rows, outer, arrivals = weights.pooled, _outer(weights), self.forward.arrivals
+        # Periods in the queue of the devices beside the one that runs.
+        ahead = 0 if self.forward.program.layout.on_host else 1
+        widths = [_num_fetched(period) for period, _ in self._periods if _num_fetched(period)]
+        arrivals.row(rows[0], widths[0])  # under way, but for a first step
         x, marker = self.parts["begin"](outer, last_tokens, buffer)
         over = deque([marker])  # when they are ready, so are the programs up to theirs
         row = 0
-        for period, numbers in self.periods:
+        for period, numbers in self._periods:
             fetched = ()
             if _num_fetched(period):
-                fetched = self.arrivals.row(rows[row], widths[row])
-                while len(over) > self.ahead:
+                fetched = arrivals.row(rows[row], widths[row])
+                while len(over) > ahead:
                     jax.block_until_ready(over.popleft())
                 row = (row + 1) % len(rows)
-                self.arrivals.row(rows[row], widths[row])
+                arrivals.row(rows[row], widths[row])
             run = self.parts[_shape(period)]
             x, kv, marker = run(_layers_of(period, weights, fetched), numbers, x, kv, buffer)
             over.append(marker)
@@ -321,6 +324,12 @@ class CompiledCopiedForward:
     def memory_analysis(self) -> StepMemory:
         """What the device really holds at most is arguments and temporaries together."""
         return self.memory
+
+    @property
+    def longest_period(self) -> jax.stages.Compiled:
+        """The program of a period with the most layers, to read its schedule."""
+        shapes = [name for name in self.parts if not isinstance(name, str)]
+        return self.parts[max(shapes, key=lambda spans: sum(sum(span) for span in spans))]
 
     def as_text(self) -> str:
         """The HLO of all programs, those of periods with equally many layers once."""
@@ -409,6 +418,11 @@ def _periods(layout: PoolLayout) -> list[Period]:
 def _shape(period: Period) -> Part:
     """What of a period is visible in its program."""
     return tuple(span.shape for span in period)
+
+
+def _numbers(period: Period) -> np.ndarray:
+    """The numbers of a period's layers in order, int32."""
+    return np.concatenate([span.numbers[1:] for span in period])
 
 
 def _num_fetched(period: Period) -> int:

@@ -16,7 +16,7 @@ from sidp_jax.config import ConfigError, EngineConfig
 from sidp_jax.estimate import Candidate, Memory, Setting, memory, policy_of
 from sidp_jax.hardware import load_profile
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import COPIES, HOST, WAS
+from sidp_jax.modes.policy import HOST, WAS
 from sidp_jax.settle import DTYPE_BYTES
 from sidp_jax.timeline import Timeline, read_timeline
 
@@ -37,7 +37,8 @@ class Compiled:
         arguments: Bytes of the program's arguments: weights and KV cache.
         aliased: Bytes of arguments that are updated in place: the KV cache.
         temporaries: Bytes of everything else: layer buffers and activations.
-        timeline: What one device does in the step, in order.
+        timeline: What one device does in the step, in order; of several programs, in a row.
+        copies: Whether layers are copied between several programs: buffers are arguments then.
     """
 
     mode: str
@@ -49,10 +50,16 @@ class Compiled:
     aliased: int
     temporaries: int
     timeline: Timeline
+    copies: bool
+
+    @property
+    def middle(self) -> int:
+        """Number of a middle layer in the timeline."""
+        return min(self.layers // 2, max(self.timeline.layers))
 
     def as_json(self) -> dict[str, Any]:
         """All of it, the timeline as lines of text."""
-        lines = middle_layer(self.timeline, self.layers // 2)
+        lines = middle_layer(self.timeline, self.middle)
         return {**vars(self), "planned": asdict(self.planned), "timeline": lines}
 
 
@@ -97,16 +104,12 @@ def compile_step(
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # the GPUs are the compiler's alone
     from sidp_jax.aot import TARGETS, compile_forward
+    from sidp_jax.copied_layers import CompiledCopiedForward
 
     hardware = setting.hardware.name
     if hardware not in TARGETS:
         raise ConfigError(
             f"--compile does not know hardware={hardware}; set one of {', '.join(sorted(TARGETS))}"
-        )
-    if mode == WAS and candidate.was_fetch == COPIES:
-        raise ConfigError(
-            "--compile shows one program, and was_fetch=copies makes several with copies between "
-            "them; set was_fetch=collective to see WaS as one"
         )
     if candidate.was_fetch == HOST:
         raise ConfigError(
@@ -139,6 +142,7 @@ def compile_step(
             num_kv_pages=pages,
             tensor_size=candidate.tensor_size,
             resident_layers=candidate.resident_layers,
+            was_fetch=candidate.was_fetch,
             layer_loop=layer_loop,
             attention=attention,
             page_size=setting.page_size,
@@ -149,6 +153,7 @@ def compile_step(
     except RuntimeError as error:
         raise ConfigError(f"--compile: {error}") from error
     held = compiled.memory_analysis()
+    several = isinstance(compiled, CompiledCopiedForward)
     return Compiled(
         mode,
         layers,
@@ -158,19 +163,29 @@ def compile_step(
         held.argument_size_in_bytes,
         held.alias_size_in_bytes,
         held.temp_size_in_bytes,
-        read_timeline(compiled.as_text()),
+        read_timeline((compiled.longest_period if several else compiled).as_text()),
+        several,
     )
 
 
 def compiled_report(compiled: Compiled, num_layers: int) -> str:
     """Memory beside the plan's figures, and the timeline of a middle layer, as text."""
     planned = compiled.planned
+    held, rest = planned.weights + planned.kv_cache, planned.activations
+    if compiled.copies:
+        held += planned.layer_buffers
+    else:
+        rest += planned.layer_buffers
     parts = [
-        ("weights and KV cache", planned.weights + planned.kv_cache, compiled.arguments),
+        (
+            "weights, buffers, KV cache" if compiled.copies else "weights and KV cache",
+            held,
+            compiled.arguments,
+        ),
         ("KV cache, in place", planned.kv_cache, compiled.aliased),
         (
-            "layer buffers, activations",
-            planned.layer_buffers + planned.activations,
+            "activations" if compiled.copies else "layer buffers, activations",
+            rest,
             compiled.temporaries,
         ),
     ]
@@ -183,8 +198,10 @@ def compiled_report(compiled: Compiled, num_layers: int) -> str:
     for name, plan, found in parts:
         off = f"{plan / found - 1:+.1%}" if found else "-"
         lines.append(f"  {name:28}{plan / 1e9:10.3f}{found / 1e9:10.3f}{off:>10}")
-    lines += ["", *middle_layer(compiled.timeline, compiled.layers // 2)]
-    if compiled.mode == WAS:
+    lines += ["", *middle_layer(compiled.timeline, compiled.middle)]
+    if compiled.copies:
+        lines.append("  fetches are copies between programs of a row each, of which this is one")
+    elif compiled.mode == WAS:
         fetches = [fetch for fetch in compiled.timeline.fetches if fetch.start.nbytes > 1 << 20]
         exposed = [fetch for fetch in compiled.timeline.exposed() if fetch in fetches]
         lines.append(

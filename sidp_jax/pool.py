@@ -20,7 +20,8 @@ class PoolLayout:
         pool_size: Replicas in the pool.
         resident_layers: Layers that every replica keeps. They are spread evenly and
             start with layer 0, whose fetch no compute could hide. ``num_layers`` is plain
-            data parallelism.
+            data parallelism. Those of the host come first instead, under the step before: so as
+            many layers as possible follow each of them alike.
         on_host: Whether the owner of the layers that are not resident is the host, in whose pinned
             memory they lie; for a pool of one.
     """
@@ -52,9 +53,10 @@ class PoolLayout:
     @cached_property
     def resident(self) -> tuple[int, ...]:
         """The layers that every replica keeps, ascending."""
-        return tuple(
-            i * self.num_layers // self.resident_layers for i in range(self.resident_layers)
-        )
+        if not self.on_host:
+            return _spread(self.resident_layers, self.num_layers)
+        fetched = set(_spread(self.num_layers - self.resident_layers, self.num_layers))
+        return tuple(layer for layer in range(self.num_layers) if layer not in fetched)
 
     @cached_property
     def pooled(self) -> tuple[int, ...]:
@@ -83,6 +85,11 @@ class PoolLayout:
         """The layer at a place of the slab, None where the last row is absent."""
         index = row * self.pool_size + owner
         return self.pooled[index] if index < len(self.pooled) else None
+
+
+def _spread(count: int, layers: int) -> tuple[int, ...]:
+    """So many layers, evenly spread from layer 0 on."""
+    return tuple(i * layers // count for i in range(count))
 
 
 def padded_vocab(vocab_size: int, shards: int) -> int:

@@ -48,7 +48,9 @@ def main() -> None:
         config = replace(ModelConfig.from_pretrained(SHAPES / shape), num_layers=layers)
         compiled = compile_forward(config, **arguments)
         memory = compiled.memory_analysis()
-        timeline = read_timeline(compiled.as_text())
+        programs = getattr(compiled, "parts", {"": compiled})
+        timelines = {name: read_timeline(part.as_text()) for name, part in programs.items()}
+        timeline = max(timelines.values(), key=lambda each: len(each.of("gemm")))
         fetches = [
             {
                 "layer": fetch.layer,
@@ -58,7 +60,7 @@ def main() -> None:
             for fetch in timeline.fetches
         ]
         received = Counter()
-        for event in timeline.events:
+        for event in (event for each in timelines.values() for event in each.events):
             received[event.collective] += event.received * event.times
         spec = layer_spec(config)
         size = arguments["tensor_size"]
@@ -67,7 +69,7 @@ def main() -> None:
             (compute, attention, replay(timeline, kernels, compute, attention))
             for compute in (0.1, 0.5, 0.8, 1.0, 1.25, 2.0)
             for attention in (0.0, 0.3, 0.5)
-            if arguments["mode"] == "was"
+            if timeline.fetches and arguments["mode"] == "was"
         ]
         report = {
             "arguments": memory.argument_size_in_bytes,
@@ -81,7 +83,11 @@ def main() -> None:
             ],
             "fetches": fetches,
             "replays": replays,
-            "copies": [(copy.shape, copy.nbytes) for copy in timeline.copies(1 << 20)],
+            "copies": [
+                (copy.shape, copy.nbytes)
+                for each in timelines.values()
+                for copy in each.copies(1 << 20)
+            ],
         }
         print(json.dumps(report), flush=True)
 

@@ -19,7 +19,7 @@ from sidp_jax.weights import HOST_MEMORY, nbytes_per_device
 
 PAGE_SIZE, PAGES, SEQS = 4, 6, 2
 BATCHES = tuple(BatchLayout(tokens, SEQS, 4, 3) for tokens in (4, 16))
-# Layers and resident ones: the first period has layers or none; one, two and more are fetched.
+# Layers and resident ones; one, two and more are fetched.
 CASES = [(6, 4), (5, 0), (3, 2), (4, 1), (7, 4), (1, 0)]
 # Pool, devices of a replica, layers and resident ones: rows that are whole, short, and only one.
 POOLS = [(2, 1, 6, 0), (2, 1, 7, 2), (4, 1, 9, 0), (3, 1, 8, 3), (2, 2, 5, 1), (3, 1, 3, 0)]
@@ -166,14 +166,24 @@ def test_two_buffers_and_one_copy_of_each_layer_a_step(monkeypatch, layers, resi
     assert copies.at_most == min(2, layers - resident)
 
 
-def test_periods_of_equal_length_share_a_program():
-    runner = make_runner(8, 4)
+@pytest.mark.parametrize(
+    ("pool", "layers", "resident", "periods"),
+    [
+        (1, 8, 4, {((True, 1),)}),  # 0*, 1 | 2*, 3 | 4*, 5 | 6*, 7
+        (1, 7, 4, {((True, 1),), ((True, 2),)}),  # 0*, 1 | 2*, 3 | 4*, 5, 6
+        (2, 6, 2, {((False, 1),), ((True, 0), (True, 1)), ((True, 0), (True, 0))}),
+    ],
+)
+def test_periods_of_equal_length_share_a_program(pool, layers, resident, periods):
+    runner = make_runner(layers, resident, pool=pool)
     lowered = runner._lower_forward(*runner.steps[1])
-    # 0 | 1, 2 | 3, 4 | 5, 6 | 7
-    assert set(lowered.parts) == {"begin", ((False, 1),), ((True, 1),), ((True, 0),), "end"}
-    text = lowered.compile().as_text()
-    assert text.count("HloModule jit__") == 5
+    assert set(lowered.parts) == {"begin", *periods, "end"}
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    assert text.count("HloModule jit__") == len(periods) + 2
     assert "HloModule jit__forward_begin" in text  # what begins a step in a trace
+    longest = max(periods, key=lambda spans: sum(fetched + more for fetched, more in spans))
+    assert compiled.longest_period is compiled.parts[longest]
 
 
 def test_memory_counts_two_fetched_layers_and_the_largest_program():

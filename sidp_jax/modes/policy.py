@@ -24,9 +24,9 @@ COPIES = "copies"
 HOST = "host"
 """How a layer comes in WaS: broadcast by its owner, copied from there, or from the host."""
 
-MOST_BY_COPIES = 4
+MOST_BY_COPIES = 2
 """Replicas of a pool up to which copies are preferred: three buffers for each layer of a row that
-others own are nine layers then, which more replicas would not give back."""
+others own are three layers then, and nine with four replicas, which pooling is to save."""
 
 FETCH_RIDES_UNDER_ATTENTION = False
 """Whether attention, too, hides a broadcast: in today's compiled schedule of WaS it does not."""
@@ -89,7 +89,7 @@ def layers_seconds(
     reduction = reduction_seconds(tokens, shape, hardware)
     dense = hardware.dense_seconds(tokens, shape.weight_bytes, shape.flops_per_token)
     home = dense + reduction + attention
-    first, *later = _spans(layers, pool_size, resident_layers)
+    first, *later = _spans(layers, pool_size, resident_layers, was_fetch == HOST)
     if mode == REPLICATED or (mode in (WAS, CAS, CAS_STAGGERED) and not later):
         return layers * home
     if mode == WAS:
@@ -215,9 +215,9 @@ def reduction_seconds(tokens: int, shape: LayerShape, hardware: Hardware) -> flo
 
 
 @cache
-def _spans(num_layers: int, pool_size: int, resident_layers: int) -> tuple[int, ...]:
+def _spans(num_layers: int, pool_size: int, resident_layers: int, on_host: bool) -> tuple[int, ...]:
     """Layers before the first pooled one, then from each pooled one to the next."""
-    pooled = PoolLayout(num_layers, pool_size, resident_layers).pooled
+    pooled = PoolLayout(num_layers, pool_size, resident_layers, on_host).pooled
     return tuple(end - start for start, end in pairwise((0, *pooled, num_layers)))
 
 
