@@ -67,7 +67,6 @@ class Arrivals:
     def __init__(self):
         self._source: LayerParams | None = None
         self._layers: tuple[LayerParams, ...] = ()
-        self._shards: dict[int, list[list[jax.Array]]] = {}  # by the row's identity
 
     def row(self, source: LayerParams, owners: int) -> tuple[LayerParams, ...]:
         """The layers of a row at every replica, in order; nothing is waited for.
@@ -88,31 +87,27 @@ class Arrivals:
             self._layers = (
                 (_from_host(source),)
                 if on_host
-                else tuple(self._from_owner(source, owner) for owner in range(owners))
+                else tuple(_from_owner(source, owner) for owner in range(owners))
             )
             self._source = source
         return self._layers
 
-    def _from_owner(self, source: LayerParams, owner: int) -> LayerParams:
-        """A layer copied from the devices of its owner to those of all others."""
-        devices = next(iter(source.values())).sharding.mesh.devices
-        shards = self._shards.setdefault(id(source), _shards_by_device(source, devices))
-        copies = []
-        for replica, row in enumerate(devices):
-            for own, device in zip(shards[owner], row, strict=True):
-                copies.append(own if replica == owner else jax.device_put(own, device))
-        return {
-            name: jax.make_array_from_single_device_arrays(
-                leaf.shape, leaf.sharding, [copy[place] for copy in copies]
-            )
-            for place, (name, leaf) in enumerate(source.items())
-        }
 
-
-def _shards_by_device(source: LayerParams, devices: np.ndarray) -> list[list[list[jax.Array]]]:
-    """For each device of the mesh, ``[pool][tensor]``, its part of every array of a row."""
+def _from_owner(source: LayerParams, owner: int) -> LayerParams:
+    """A layer copied from the devices of its owner to those of all others."""
+    devices = next(iter(source.values())).sharding.mesh.devices  # [pool, tensor]
     held = [{s.device: s.data for s in leaf.addressable_shards} for leaf in source.values()]
-    return [[[leaf[device] for leaf in held] for device in row] for row in devices]
+    copies = []
+    for replica, row in enumerate(devices):
+        for origin, device in zip(devices[owner], row, strict=True):
+            kept = [leaf[origin] for leaf in held]
+            copies.append(kept if replica == owner else jax.device_put(kept, device))
+    return {
+        name: jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding, [copy[place] for copy in copies]
+        )
+        for place, (name, leaf) in enumerate(source.items())
+    }
 
 
 def _from_host(source: LayerParams) -> LayerParams:
@@ -250,8 +245,7 @@ class LoweredCopiedForward:
             output_size_in_bytes=known.output_size_in_bytes + held["end"].output_size_in_bytes,
             temp_size_in_bytes=known.temp_size_in_bytes + temporaries,
         )
-        forward = self.forward
-        return CompiledCopiedForward(forward, parts, memory)
+        return CompiledCopiedForward(self.forward, parts, memory)
 
 
 @dataclass(frozen=True)
