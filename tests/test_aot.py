@@ -267,13 +267,18 @@ def test_a_gpu_without_kernels_says_so():
     assert "attention='reference'" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def compiled_plan():
+def compile_plan(*overrides):
+    """The compiled steps of a plan, by mode."""
     command = [sys.executable, "-m", "sidp_jax.plan", "--config", "qwen72b.yaml", "--json"]
-    command += ["--compile", f"model={SHAPES / 'qwen2.5_72b'}", "hardware=h200"]
+    command += ["--compile", f"model={SHAPES / 'qwen2.5_72b'}", "hardware=h200", *overrides]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return {step["mode"]: step for step in json.loads(done.stdout)["compiled"]}
+
+
+@pytest.fixture(scope="module")
+def compiled_plan():
+    return compile_plan()
 
 
 @pytest.mark.parametrize("mode", ["was", "cas"])
@@ -298,3 +303,15 @@ def test_the_compiled_plan_shows_a_middle_layer(compiled_plan):
     assert lines[0].startswith("Layer 8 ")
     kinds = [line.split()[0] for line in lines[1:]]
     assert kinds.count("gemm") == kinds.count("start") == kinds.count("done") == 4
+
+
+def test_the_compiled_plan_of_a_pool_of_two_holds_its_rows_as_arguments():
+    step = compile_plan("pool_size=2", "mode=was")["was"]
+    planned = step["planned"]
+    held = planned["weights"] + planned["layer_buffers"] + planned["kv_cache"]
+    assert step["copies"]
+    assert held == pytest.approx(step["arguments"], rel=1e-3)
+    assert step["temporaries"] <= planned["activations"] <= 1.15 * step["temporaries"]
+    kinds = [line.split()[0] for line in step["timeline"][1:]]
+    assert kinds.count("gemm") == 4
+    assert "start" not in kinds

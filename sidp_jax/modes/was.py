@@ -4,7 +4,7 @@ Each tensor is fetched when its like in the layer before has been used: while la
 feed-forward part, the attention's kernels of layer ``l + 1`` arrive, and once the up projection is
 over, the feed-forward kernels of ``l + 1`` do. So a layer and the down projection of another are
 held at most, not two layers. Every tensor has GEMMs of the layer before to hide beneath.
-Where the owner is the host, a step is several programs instead: ``copied_layers``.
+Fetched by copies, from owners or the host, a step is several programs instead: ``copied_layers``.
 Source: the SiDP paper (arXiv 2605.28095); the order of the tensors, and super-steps
 that touch one row of the slab alone, are ours.
 """
