@@ -98,6 +98,7 @@ def make_engine(
     tensor_size: int = 1,
     resident_layers: int = 0,
     layer_loop: str = "scan",
+    was_fetch: str = "collective",
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 16,
     max_model_len: int = 48,
@@ -120,7 +121,7 @@ def make_engine(
         num_kv_pages=num_kv_pages,
         kv_dtype=np.dtype(np.float32),
     )
-    program = StepProgram(config, layout, mesh, "reference")
+    program = StepProgram(config, layout, mesh, "reference", was_fetch)
     weights = random_weights(config, layout, mesh, layer_loop)
     shape = LayerShape(config.num_layers, 1 << 20, 1e6, 128, 512, 128)
     policy = policy_type(modes, pool_size, shape, load_profile("h200"))

@@ -50,9 +50,13 @@ def run_greedy(engine):
         {"modes": ("was", "cas"), "policy_type": Alternating},
         {"pool_size": 4, "resident_layers": 1, "modes": ("was", "cas"), "policy_type": Alternating},
         {"modes": ("cas_staggered", "was"), "policy_type": Alternating, "pool_size": 3},
+        {
+            **{"modes": ("was", "cas"), "policy_type": Alternating, "pool_size": 3},
+            **{"resident_layers": 1, "layer_loop": "unrolled", "was_fetch": "copies"},
+        },
         {"pool_size": 1},
     ],
-    ids=["replicated", "cas", "switching", "resident", "staggered", "pool-of-one"],
+    ids=["replicated", "cas", "switching", "resident", "staggered", "copies", "pool-of-one"],
 )
 def test_greedy_tokens_are_the_same_in_every_mode(greedy_tokens, changes):
     engine = make_engine(**changes)
