@@ -22,7 +22,7 @@ from sidp_jax.kernels.self_check import KernelError, self_check
 from sidp_jax.measure import measure_hardware
 from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import CAS_STAGGERED, COLLECTIVE, Policy
+from sidp_jax.modes.policy import CAS_STAGGERED, COLLECTIVE, WAS, Policy
 from sidp_jax.pool import kv_bytes_per_page
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
@@ -260,14 +260,15 @@ def _hardware(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Hardware:
 def _log_sizes(engine: Engine, weights: Weights) -> None:
     program = engine.runner.program
     layout = program.layout
+    others = "the others on the host" if layout.on_host else f"pool of {layout.pool_size}"
+    if layout.pooled and not layout.on_host and WAS in engine.policy.modes:
+        others += f", WaS by {program.was_fetch}"
     logger.info(
-        "weights: %.2f GB per device, %d of %d layers resident, %s, WaS fetches by: %s, "
-        "attention: %s",
+        "weights: %.2f GB per device, %d of %d layers resident, %s, attention: %s",
         nbytes_per_device(weights) / 1e9,
         layout.resident_layers,
         layout.num_layers,
-        "the others on the host" if layout.on_host else f"pool of {layout.pool_size}",
-        program.was_fetch,
+        others,
         program.attention,
     )
     logger.info(
