@@ -264,8 +264,8 @@ class Bench:
         }
         policy = layer_policy(form, mode, self.profile)
         row["estimate_layer_ms_without_attention"] = policy.seconds(mode, size) * 1e3
-        kind = "ppermute" if mode != WAS else COPY if policy.was_fetch == COPIES else "broadcast"
-        hardware = self.link[kind]
+        fetch = COPY if policy.was_fetch == COPIES else "broadcast"
+        hardware = self.link[fetch if mode == WAS else "ppermute"]
         fetched = len(form.program.layout.pooled)
         link = fetched * link_seconds(replace(policy, hardware=hardware), mode, size)
         row["link_bound_ms"] = link * 1e3
@@ -355,10 +355,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         link = measure_link(report, mesh, model, options, profile)
     bench = Bench(options, report, mesh, model, profile, link)
-    by_copies = options.was_fetch == (COPIES,)
-    collective = tuple(
-        mode for mode in options.modes if mode != REPLICATED and not (by_copies and mode == WAS)
-    )
+    left_out = {REPLICATED} if COLLECTIVE in options.was_fetch else {REPLICATED, WAS}
+    collective = tuple(mode for mode in options.modes if mode not in left_out)
     runs = [((REPLICATED,), options.layers, COLLECTIVE)]
     if options.host_layers:
         runs.append(((WAS,), options.layers - options.host_layers, HOST))

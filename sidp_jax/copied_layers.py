@@ -84,30 +84,30 @@ class Arrivals:
         if self._source is not source:
             self._source, self._layers = None, ()  # those before may go first
             on_host = any(is_on_host(leaf) for leaf in source.values())
-            self._layers = (
-                (_from_host(source),)
-                if on_host
-                else tuple(_from_owner(source, owner) for owner in range(owners))
-            )
+            self._layers = (_from_host(source),) if on_host else _from_owners(source, owners)
             self._source = source
         return self._layers
 
 
-def _from_owner(source: LayerParams, owner: int) -> LayerParams:
-    """A layer copied from the devices of its owner to those of all others."""
+def _from_owners(source: LayerParams, owners: int) -> tuple[LayerParams, ...]:
+    """The layers of a row, each copied from the devices of its owner to those of all others."""
     devices = next(iter(source.values())).sharding.mesh.devices  # [pool, tensor]
     held = [{s.device: s.data for s in leaf.addressable_shards} for leaf in source.values()]
-    copies = []
-    for replica, row in enumerate(devices):
-        for origin, device in zip(devices[owner], row, strict=True):
-            kept = [leaf[origin] for leaf in held]
-            copies.append(kept if replica == owner else jax.device_put(kept, device))
-    return {
-        name: jax.make_array_from_single_device_arrays(
-            leaf.shape, leaf.sharding, [copy[place] for copy in copies]
-        )
-        for place, (name, leaf) in enumerate(source.items())
-    }
+
+    def from_owner(owner: int) -> LayerParams:
+        copies = []
+        for replica, row in enumerate(devices):
+            for origin, device in zip(devices[owner], row, strict=True):
+                kept = [leaf[origin] for leaf in held]
+                copies.append(kept if replica == owner else jax.device_put(kept, device))
+        return {
+            name: jax.make_array_from_single_device_arrays(
+                leaf.shape, leaf.sharding, [copy[place] for copy in copies]
+            )
+            for place, (name, leaf) in enumerate(source.items())
+        }
+
+    return tuple(map(from_owner, range(owners)))
 
 
 def _from_host(source: LayerParams) -> LayerParams:
@@ -194,16 +194,15 @@ class CopiedForward:
     def buffers(self, weights: Weights) -> list[LayerParams]:
         """What fetched layers take on a device at most: for each buffer its arrays.
 
-        A layer is there while it is used and while it arrives; from an owner it is sent for one
-        period earlier, and from each row all layers come but the device's own. What the step before
-        sent for is the first row again if there is no other.
+        From the host come the kernels, from owners all layers of a row but the device's own. What
+        the step before sent for is the first row again if there is no other.
         """
-        layout = self.program.layout
+        layout, row = self.program.layout, weights.pooled[0]
         if layout.on_host:
-            row = weights.pooled[0].items()
-            arriving = [{name: _on_device(leaf) for name, leaf in row if is_on_host(leaf)}]
-            return arriving * min(2, layout.rows)
-        return [weights.pooled[0]] * (layout.pool_size - 1) * min(3, layout.rows)
+            arriving = [{name: _on_device(leaf) for name, leaf in row.items() if is_on_host(leaf)}]
+        else:
+            arriving = [row] * (layout.pool_size - 1)
+        return arriving * layout.buffered_rows
 
     def _lower(
         self, function: Any, out_specs: Any, *arguments: Any, donated: tuple[int, ...] = ()
@@ -248,6 +247,15 @@ class LoweredCopiedForward:
         return CompiledCopiedForward(self.forward, parts, memory)
 
 
+class _Run(NamedTuple):
+    """A period, the layers of it that are fetched, its program, and its layers' numbers there."""
+
+    period: Period
+    fetched: int
+    program: jax.stages.Compiled
+    numbers: jax.Array
+
+
 @dataclass(frozen=True)
 class CompiledCopiedForward:
     """Runs a step; stands for ``jax.stages.Compiled``.
@@ -263,15 +271,23 @@ class CompiledCopiedForward:
     memory: StepMemory
 
     @cached_property
-    def _periods(self) -> list[tuple[Period, jax.Array]]:
-        """The periods with the numbers of their layers, on the devices since the first step.
+    def _runs(self) -> list[_Run]:
+        """What is the same in every step.
 
-        In a later one they would queue behind the copies.
+        The numbers are on the devices since the first: in a later one they would queue behind the
+        copies.
         """
         program = self.forward.program
         everywhere = NamedSharding(program.mesh, PartitionSpec())
-        periods = _periods(program.layout)
-        return [(period, jax.device_put(_numbers(period), everywhere)) for period in periods]
+        return [
+            _Run(
+                period,
+                _num_fetched(period),
+                self.parts[_shape(period)],
+                jax.device_put(_numbers(period), everywhere),
+            )
+            for period in _periods(program.layout)
+        ]
 
     def __call__(
         self, weights: Weights, kv: KVCache, last_tokens: jax.Array, buffer: jax.Array
@@ -295,23 +311,24 @@ class CompiledCopiedForward:
             buffer: The packed batch, int32 ``[pool, size]``.
         """
         rows, outer, arrivals = weights.pooled, _outer(weights), self.forward.arrivals
-        # Periods in the queue of the devices beside the one that runs.
-        ahead = 0 if self.forward.program.layout.on_host else 1
-        widths = [_num_fetched(period) for period, _ in self._periods if _num_fetched(period)]
+        ahead = self.forward.program.layout.rows_ahead
+        widths = [run.fetched for run in self._runs if run.fetched]
         arrivals.row(rows[0], widths[0])  # under way, but for a first step
         x, marker = self.parts["begin"](outer, last_tokens, buffer)
         over = deque([marker])  # when they are ready, so are the programs up to theirs
         row = 0
-        for period, numbers in self._periods:
+        for run in self._runs:
             fetched = ()
-            if _num_fetched(period):
+            if run.fetched:
                 fetched = arrivals.row(rows[row], widths[row])
                 while len(over) > ahead:
                     jax.block_until_ready(over.popleft())
                 row = (row + 1) % len(rows)
                 arrivals.row(rows[row], widths[row])
-            run = self.parts[_shape(period)]
-            x, kv, marker = run(_layers_of(period, weights, fetched), numbers, x, kv, buffer)
+            # Not by a name: it would hold the layers while others are sent for.
+            x, kv, marker = run.program(
+                _layers_of(run.period, weights, fetched), run.numbers, x, kv, buffer
+            )
             over.append(marker)
         return self.parts["end"](outer, x, last_tokens, buffer)._replace(kv=kv)
 

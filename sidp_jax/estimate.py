@@ -19,7 +19,6 @@ from sidp_jax.modes.policy import (
     CAS,
     CAS_STAGGERED,
     COLLECTIVE,
-    COPIES,
     HOST,
     REPLICATED,
     WAS,
@@ -207,8 +206,7 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
     """Bytes per device of a configuration."""
     model, item, size = setting.model, setting.dtype_bytes, candidate.tensor_size
     layer_bytes = layer_shape(model, size, item).weight_bytes
-    on_host = candidate.was_fetch == HOST
-    layout = _layout(model.num_layers, candidate.pool_size, candidate.resident_layers, on_host)
+    layout = _candidate_layout(model, candidate)
     weights = weight_bytes_per_device(
         layout,
         layer_bytes=layer_bytes,
@@ -249,24 +247,28 @@ def memory(setting: Setting, candidate: Candidate) -> Memory:
     )
 
 
+def _candidate_layout(model: ModelConfig, candidate: Candidate) -> PoolLayout:
+    on_host = candidate.was_fetch == HOST
+    return _layout(model.num_layers, candidate.pool_size, candidate.resident_layers, on_host)
+
+
 def fetch_bytes(setting: Setting, candidate: Candidate) -> list[int]:
     """Bytes that WaS fetches into: the kernels of a layer, and what of the next one comes early.
 
-    That is its down projection, as the others arrive when their like have been used; from the host
-    it is all of them, and copied from owners two rows of the slab beside the one in use.
+    That is its down projection, as the others arrive when their like have been used; by copies it
+    is those of a row of the slab, and of all rows that are buffered beside it.
     """
-    size = candidate.pool_size
     pooled = setting.model.num_layers - candidate.resident_layers
     if pooled == 0:
         return [0, 0]
     parameters = layer_parameters(setting.model)
     kernels = sum(prod(p.shape) for name, p in parameters.items() if name.endswith("kernel"))
-    if candidate.was_fetch == COPIES:
-        row = (size - 1) * kernels
-        held = [row, min(2, ceil(pooled / size) - 1) * row]
+    if candidate.was_fetch == COLLECTIVE:
+        held = [kernels, prod(parameters["down.kernel"].shape) if pooled > 1 else 0]
     else:
-        early = kernels if candidate.was_fetch == HOST else prod(parameters["down.kernel"].shape)
-        held = [kernels, early if pooled > 1 else 0]
+        layout = _candidate_layout(setting.model, candidate)
+        row = kernels * (1 if layout.on_host else layout.pool_size - 1)
+        held = [row, (layout.buffered_rows - 1) * row]
     return [setting.dtype_bytes * n // candidate.tensor_size for n in held]
 
 

@@ -73,6 +73,20 @@ class PoolLayout:
         """Rows of a slab; in the last one some owners may have no layer."""
         return ceil(len(self.pooled) / self.pool_size)
 
+    @property
+    def rows_ahead(self) -> int:
+        """Rows queued on the devices beside the one that runs, where WaS fetches by copies.
+
+        Copies from the host take far longer than a layer, so nothing is lost by none. With one, the
+        devices never wait for the host to send copies off.
+        """
+        return 0 if self.on_host else 1
+
+    @property
+    def buffered_rows(self) -> int:
+        """Rows that copies take buffers for: in use, queued, and on their way."""
+        return min(2 + self.rows_ahead, self.rows)
+
     def owner(self, layer: int) -> int:
         """The replica that owns a pooled layer."""
         return self._place[layer][1]
