@@ -1,4 +1,4 @@
-"""Check and time the attention and cache kernels on one Hopper GPU, beside the machine's ceilings.
+"""Check and time the kernels of attention, cache and sampling on a Hopper GPU, beside its ceilings.
 
     python experiments/bench_kernels.py --out results.json [--only decode,prefill]
     python experiments/bench_kernels.py --out sweep.json --sweep prefill
@@ -15,6 +15,7 @@ import itertools
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,6 +31,7 @@ from sidp_jax.kernels.ragged_attention_mosaic import (
     TuningConfig,
     ragged_attention_mosaic,
 )
+from sidp_jax.kernels.top_threshold import top_threshold
 
 LAYERS = 2
 CALLS = 8  # of one timed program, each with its own queries: equal calls would be merged
@@ -402,15 +404,37 @@ def bench_update(report: dict) -> None:
             print("kv_update", row, flush=True)
 
 
+def bench_thresholds(report: dict) -> None:
+    """Check and time the thresholds of top-k and top-p, beside one read of all weights."""
+    groups = 1187  # of 128: a vocabulary of 151,936
+    for rows in (64, 256):
+        weights = jax.random.uniform(jax.random.key(6), (rows, groups, 128))
+        read = weights.nbytes / (report["ceilings"]["TB/s"] * 1e12)
+        for name, k, p in (("top-k", 1000, 1.0), ("top-p", 0, 0.9), ("both", 1000, 0.9)):
+            options = [jnp.full(rows, x) for x in (jnp.float32(0), jnp.int32(k), jnp.float32(p))]
+            found = []
+            for implementation in ("reference", "mosaic"):
+                search = jax.jit(partial(top_threshold, implementation=implementation))
+                found.append(search(weights, *options))
+                seconds = seconds_of(search, weights, *options, inner=10)
+                row = {"rows": rows, "options": name, "implementation": implementation}
+                row |= {"us": seconds * 1e6, "reads": seconds / read}
+                row["ok"] = bool((found[0] == found[-1]).all())
+                report["thresholds"].append(row)
+                print("thresholds", row, flush=True)
+
+
 def main() -> None:
     """Run what was asked for and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="beginnings of case names, or 'corners', 'kv'")
+    parser.add_argument(
+        "--only", default="", help="beginnings of case names, or 'corners', 'kv', 'top'"
+    )
     parser.add_argument("--sweep", choices=["prefill"], help="compare variants of this kernel")
     args = parser.parse_args()
     only = tuple(word for word in args.only.split(",") if word)
-    empty = {"checks": [], "attention": [], "kv_update": []}
+    empty = {"checks": [], "attention": [], "kv_update": [], "thresholds": []}
     what = f"measured on one {jax.devices()[0].device_kind}"
     written = Report(what, args.out, ceilings=ceilings(), **empty)
     report = written.content
@@ -420,6 +444,8 @@ def main() -> None:
     parts = [lambda: bench_attention(report, only)]
     if not only or "kv" in only:
         parts.append(lambda: bench_update(report))
+    if not only or "top" in only:
+        parts.append(lambda: bench_thresholds(report))
     if not only or "corners" in only:
         parts.append(lambda: check_corners(report))
     for part in parts:

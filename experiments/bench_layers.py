@@ -36,6 +36,7 @@ from sidp_jax.modes import replicated
 from sidp_jax.modes.loop import LayerContext
 from sidp_jax.pool import PoolLayout
 from sidp_jax.startup import start_jax
+from sidp_jax.step import StepProgram
 from sidp_jax.weights import Weights, weights_spec
 
 LIMITS = {"unrolled": 1.10, "scan": 1.25}
@@ -102,9 +103,18 @@ class Loop:
         def attend(q, k, v, kv, layer, active=None):
             return q, kv
 
-        device = self.mesh.devices.flat[0]
-        platform = "cpu" if device.platform == "cpu" else "gpu"
-        context = LayerContext(self.model, self.layout, positions, attend, platform, "reference")
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        program = StepProgram(
+            self.model, self.layout, self.mesh, "reference" if on_cpu else "mosaic"
+        )
+        context = LayerContext(
+            self.model,
+            self.layout,
+            program.positions("replicated", positions, self.dtype),
+            attend,
+            program.platform,
+            program.kernels,
+        )
         nothing = KVCache(jnp.zeros(()), jnp.zeros(()))
         return replicated.run_layers(context, weights, x, nothing)[0]
 

@@ -1,14 +1,15 @@
-"""Check and time products with a row chosen on the device, beside XLA's and the ceilings.
+r"""Check and time products with a row chosen on the device, beside XLA's and the ceilings.
 
-    python experiments/bench_matmul.py --out results.json [--tokens 16,256] [--sweep]
+    python experiments/bench_matmul.py --model experiments/shapes/qwen2.5_72b --out results.json \
+        [--tokens 16,256] [--sweep]
 
-The four projections of Qwen2.5-72B. Four rows of the weights take turns, each larger than the L2
-cache; activations are random and differ from call to call, and each call waits for the one before:
-otherwise XLA makes one product of all that share a row. Memory is filled with NaN before each
-check, and every figure's result is compared with a float32 reference on a sample of its outputs.
-Device time, of calls queued in one program. The floor of a product is the longer of reading its
-weights, at the bandwidth of a copy, and of its operations, at the rate of a large product, both
-measured in the same run. Prints a compact table last.
+The four products of a model's layers. Four rows of the weights take turns, together larger than the
+L2 cache; activations are random and differ from call to call, and each call waits for the one
+before: otherwise XLA makes one product of all that share a row. Memory is filled with NaN before
+each check, and every figure's result is compared with a float32 reference on a sample of its
+outputs. Device time, of calls queued in one program. The floor of a product is the longer of
+reading its weights, at the bandwidth of a copy, and of its operations, at the rate of a large
+product, both measured in the same run. Prints a compact table last.
 """
 
 import argparse
@@ -31,13 +32,8 @@ from jax import lax
 
 from sidp_jax.kernels.indexed_matmul import indexed_matmul
 from sidp_jax.kernels.indexed_matmul_mosaic import TuningConfig, choose, group_of
+from sidp_jax.models.config import ModelConfig
 
-PROJECTIONS = {  # (outputs, inputs)
-    "qkv": (10240, 8192),
-    "out": (8192, 8192),
-    "gate_up": (59136, 8192),
-    "down": (8192, 29568),
-}
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 CALLS = 8  # of one timed program
 ROWS = 4  # of the weights, in pairs
@@ -95,9 +91,9 @@ def row_of(call: int) -> int:
 class Product:
     """One projection: pairs of rows of weights in either form, and activations for every call."""
 
-    def __init__(self, name: str, tokens: int, weights):
-        self.name, self.tokens, self.weights = name, tokens, weights
-        self.outputs, self.inputs = PROJECTIONS[name]
+    def __init__(self, tokens: int, weights):
+        self.tokens, self.weights = tokens, weights
+        self.outputs, self.inputs = weights[0][0].shape
         shape = (tokens, self.inputs)
         keys = jax.random.split(jax.random.key(time.time_ns() % 2**31), CALLS)
         make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
@@ -152,7 +148,7 @@ def xla(x, pair, row, number: int):
 
 def bench(report: dict, name: str, tokens: int, weights, configs, forms) -> None:
     """Measure one projection with one number of tokens."""
-    product = Product(name, tokens, weights)
+    product = Product(tokens, weights)
     floor = product.floor(report["ceilings"])
 
     def add(kind: str, multiply, config: TuningConfig | None = None) -> None:
@@ -172,7 +168,7 @@ def bench(report: dict, name: str, tokens: int, weights, configs, forms) -> None
         row = {"projection": name, "tokens": tokens, "kind": kind, "us": seconds * 1e6}
         row |= {"floor_us": floor * 1e6, "ratio": seconds / floor, "error": error}
         row["config"] = None if config is None else dataclasses.asdict(config)
-        row["chosen"] = config == choose(tokens, *PROJECTIONS[name])
+        row["chosen"] = config == choose(tokens, product.outputs, product.inputs)
         report["matmul"].append(row)
         mark = "" if error < LIMIT else "  BAD"
         print(
@@ -203,11 +199,12 @@ def describe(config: TuningConfig | None) -> str:
 
 def table(report: dict) -> str:
     """The ratios to the floor: of the chosen config, of the best one, and of XLA."""
-    lines = ["tokens  " + "".join(f"{name:>28s}" for name in PROJECTIONS)]
-    lines.append("        " + "       chosen   best     XLA" * len(PROJECTIONS))
+    names = list(dict.fromkeys(row["projection"] for row in report["matmul"]))
+    lines = ["tokens  " + "".join(f"{name:>28s}" for name in names)]
+    lines.append("        " + "       chosen   best     XLA" * len(names))
     for tokens in dict.fromkeys(row["tokens"] for row in report["matmul"]):
         line = f"{tokens:6d}  "
-        for name in PROJECTIONS:
+        for name in names:
             rows = [
                 row
                 for row in report["matmul"]
@@ -227,7 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--only", default=",".join(PROJECTIONS), help="projections")
+    parser.add_argument("--model", type=Path, required=True, help="folder with config.json")
+    parser.add_argument("--only", help="some of the projections, with commas")
     parser.add_argument("--forms", default="tuple", help="of the weights: tuple, stacked")
     parser.add_argument("--sweep", action="store_true", help="several configs of each product")
     parser.add_argument("--seconds", type=float, default=220, help="start nothing after so many")
@@ -242,6 +240,7 @@ def main() -> None:
             "python": sys.version.split()[0],
         },
         "command": " ".join(["python", "experiments/bench_matmul.py", *sys.argv[1:]]),
+        "model": args.model.name,
         "date": datetime.date.today().isoformat(),
         "ceilings": ceilings(),
         "matmul": [],
@@ -250,15 +249,16 @@ def main() -> None:
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
     report["nvidia_smi"] = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
     print(json.dumps(report["ceilings"]), report["nvidia_smi"], flush=True)
-    for name in args.only.split(","):
-        make = jax.jit(lambda key, s=PROJECTIONS[name]: jax.random.normal(key, s, jnp.bfloat16))
+    shapes = ModelConfig.from_pretrained(args.model).layer_products()
+    for name in args.only.split(",") if args.only else shapes:
+        make = jax.jit(lambda key, s=shapes[name]: jax.random.normal(key, s, jnp.bfloat16))
         rows = [make(key) for key in jax.random.split(jax.random.key(3), ROWS)]
         weights = [tuple(rows[i : i + 2]) for i in range(0, ROWS, 2)]
         for tokens in map(int, args.tokens.split(",")):
             if time.monotonic() - started > args.seconds:
                 print(f"left out for lack of time: {name} {tokens}", flush=True)
                 continue
-            shape = (tokens, *PROJECTIONS[name])
+            shape = (tokens, *shapes[name])
             configs = sweep_configs(*shape) if args.sweep else [choose(*shape)]
             bench(report, name, tokens, weights, dict.fromkeys(configs), args.forms.split(","))
             if args.out:

@@ -13,6 +13,7 @@ import numpy as np
 from sidp_jax.kernels.indexed_matmul import indexed_matmul
 from sidp_jax.kernels.kv_update import update_kv
 from sidp_jax.kernels.ragged_attention import ragged_attention
+from sidp_jax.kernels.top_threshold import top_threshold
 from sidp_jax.kernels.turn_heads import turn_heads
 
 TOLERANCE = 1e-2  # relative, in bfloat16; sound kernels stay near 2e-3
@@ -21,6 +22,7 @@ ROWS = ((1, 1), (1, 40), (1, 105), (1, 130), (1, 1500), (9, 200), (70, 70), (131
 PADDING = 13  # tokens after the last row
 TURN_TOKENS = 150  # two whole tiles, and one that is moved back
 PRODUCT_TOKENS = (16, 300)  # one tile of them; several, the last one moved back
+TOP_GROUPS = 300  # of the vocabulary; several rounds of the ring, and a last slot that is not full
 PRODUCT_OUTPUTS = 4096  # at most: several tiles, and a check that stays short
 
 
@@ -95,6 +97,8 @@ def self_check(
             errors["update_kv"] = _update_error(
                 kv_heads, head_dim, page_size, dtype, implementation
             )
+        if implementation == "mosaic":
+            errors["top_threshold"] = _top_error(implementation)
         if implementation == "mosaic" and (head_dim, dtype) == (128, jnp.bfloat16):
             errors["turn_heads"] = _turn_error(heads, kv_heads, head_dim, dtype, implementation)
         if products and implementation != "cudnn":
@@ -175,6 +179,17 @@ def _turn_error(heads, kv_heads, head_dim, dtype, implementation) -> float:
         )
         errors += map(_relative, out, expected)
     return max(errors)
+
+
+def _top_error(implementation) -> float:
+    rng = np.random.default_rng(4)
+    logits = rng.standard_normal((4, TOP_GROUPS, 128)) * np.array([1, 3, 3, 9])[:, None, None]
+    weights = np.exp(logits - logits.max((1, 2), keepdims=True)).astype(np.float32)
+    options = ([0, 1e-3, 0, 0], [0, 20, 3000, 0], [0.9, 1, 0.5, 0.99])
+    types = (jnp.float32, jnp.int32, jnp.float32)
+    args = (weights, *(jnp.asarray(x, dtype) for x, dtype in zip(options, types, strict=True)))
+    search = jax.jit(top_threshold, static_argnames="implementation")
+    return _relative(*(search(*args, implementation=how) for how in (implementation, "reference")))
 
 
 def _product_error(tokens, outputs, inputs, dtype, implementation) -> float:

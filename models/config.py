@@ -107,6 +107,22 @@ class ModelConfig:
         """Query heads that share one key and value head."""
         return self.num_heads // self.num_kv_heads
 
+    def layer_products(self, tensor_size: int = 1) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of a layer's matrix products on one device, by name.
+
+        Args:
+            tensor_size: Devices that share the heads and the feed-forward part.
+        """
+        heads = self.num_heads // tensor_size * self.head_dim
+        kv_heads = self.num_kv_heads // tensor_size * self.head_dim
+        ffn, hidden = self.intermediate_size // tensor_size, self.hidden_size
+        return {
+            "qkv": (heads + 2 * kv_heads, hidden),
+            "out": (hidden, heads),
+            "gate_up": (2 * ffn, hidden),
+            "down": (hidden, ffn),
+        }
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ModelConfig:
         """Reads ``config.json``, and the end tokens of ``generation_config.json`` if it exists.

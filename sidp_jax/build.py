@@ -154,28 +154,19 @@ def _attention(config: EngineConfig, model: ModelConfig, mesh: Mesh, modes: tupl
     if chosen == "auto":
         chosen = "reference" if device.platform == "cpu" else "mosaic"
     if chosen != "reference":
+        products = tuple(model.layer_products(config.tensor_parallel_size).values())
         errors = self_check(
             heads=model.num_heads // config.tensor_parallel_size,
             kv_heads=model.num_kv_heads // config.tensor_parallel_size,
             head_dim=model.head_dim,
             page_size=config.page_size,
-            products=_indexed_products(config, model) if CAS_STAGGERED in modes else (),
+            products=products if CAS_STAGGERED in modes else (),
             dtype=jnp.dtype(config.dtype),
             implementation=chosen,
             device=device,
         )
         logger.info("kernels checked: relative errors %s", errors)
     return chosen
-
-
-def _indexed_products(config: EngineConfig, model: ModelConfig) -> list[tuple[int, int]]:
-    """Outputs and inputs, on one device, of the products whose weights the device picks."""
-    size = config.tensor_parallel_size
-    heads = model.num_heads // size * model.head_dim
-    groups = model.num_kv_heads // size * (model.queries_per_kv_head + 2) * model.head_dim
-    ffn = model.intermediate_size // size
-    hidden = model.hidden_size
-    return [(groups, hidden), (hidden, heads), (2 * ffn, hidden), (hidden, ffn)]
 
 
 def _batch_layouts(

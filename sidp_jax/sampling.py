@@ -12,14 +12,14 @@ Two promises shape the code:
   the other rows, their number, its place among them or the padding of the vocabulary. Noise comes
   from a key per row. Every sum over the vocabulary that decides something is a sum of integers, so
   that the order of summation, which the compiler chooses by shape, cannot change it.
-* **No sort of the vocabulary, and few passes over it.** Thresholds are searched three bits a pass,
-  on the bits of the float. A token is drawn in two levels: a group of ``GROUP`` tokens by its mass,
-  then a token of that group, so that noise is made for V / 128 + 128 entries instead of V.
+* **No sort of the vocabulary, and few passes over it.** The thresholds of top-k and top-p are
+  searched for (``kernels.top_threshold``). A token is drawn in two levels: a group of ``GROUP``
+  tokens by its mass, then a token of that group, so that noise is made for V / 128 + 128 entries
+  instead of V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from sidp_jax.batch import StepBatch
+from sidp_jax.kernels.top_threshold import fixed_point, power_of_two, top_threshold
 from sidp_jax.request import SAMPLERS
 
 MAX_LOGPROBS = 20
@@ -36,9 +37,6 @@ MIN_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM
 # integers need an end, and this one lies below what float32 noise resolves.
 MIN_WEIGHT = 2.0**-31
 GROUP = 128
-WEIGHT_BITS = 30  # the bits of a float32 in [0, 1], read as an integer, are below 2**30
-DIGIT_BITS = 3
-SUM_BITS = 30  # sums of fixed-point weights stay below about 2**SUM_BITS
 
 
 class SamplerState(NamedTuple):
@@ -77,6 +75,7 @@ def sample(
     *,
     variant: str,
     vocab_size: int,
+    implementation: str,
     state: SamplerState | None = None,
 ) -> Sampled:
     """Samples one token per row of one replica.
@@ -90,6 +89,7 @@ def sample(
             ``frequency``, ``repetition``, ``banned_until`` and ``stop_ids``.
         variant: One of ``request.SAMPLERS``; static. What it cannot do is not done.
         vocab_size: Ids from here on are padding and never sampled; static.
+        implementation: See ``top_threshold``; the tokens are the same.
         state: For ``full``: the state after ``update_state`` with the tokens of this very step.
 
     Returns:
@@ -113,10 +113,11 @@ def sample(
         if variant == "greedy":
             return Sampled(_argmax(raw))
         if variant != "full":
-            return Sampled(_draw(raw, batch, vocab_size, variant))
+            return Sampled(_draw(raw, batch, vocab_size, variant, implementation))
         # Without the barrier every pass would read the counts again.
         penalised = lax.optimization_barrier(_penalise(logits, batch, state))
-        tokens = _draw(_grouped(penalised, vocab_size), batch, vocab_size, variant)
+        grouped = _grouped(penalised, vocab_size)
+        tokens = _draw(grouped, batch, vocab_size, variant, implementation)
         return Sampled(tokens, *_logprobs(raw, tokens, vocab_size))
 
 
@@ -181,7 +182,11 @@ class _Weights(NamedTuple):
 
 
 def _draw(
-    logits: Float[Array, "rows groups lanes"], batch: StepBatch, vocab_size: int, variant: str
+    logits: Float[Array, "rows groups lanes"],
+    batch: StepBatch,
+    vocab_size: int,
+    variant: str,
+    implementation: str,
 ) -> Int[Array, "rows"]:
     """One token per row: the likeliest where the temperature is 0, else a random one.
 
@@ -191,7 +196,7 @@ def _draw(
     greedy = batch.temperature < MIN_TEMPERATURE
     group_max = logits.max(-1)
     weigh = _Weights.of(group_max.max(-1), batch.temperature)
-    threshold = _threshold(logits, weigh, batch, vocab_size, variant)
+    threshold = _threshold(logits, weigh, batch, vocab_size, variant, implementation)
     weights = weigh(logits)
     kept = jnp.where(weights >= threshold[:, None, None], weights, 0)
     mass = _group_mass(kept, weigh(group_max))
@@ -230,17 +235,8 @@ def _group_mass(
     powers of two is exact.
     """
     exponent = (lax.bitcast_convert_type(jnp.maximum(largest, MIN_WEIGHT), jnp.int32) >> 23) - 126
-    fixed = _fixed_point(weights, 23 - exponent[..., None]).sum(-1)
-    return fixed.astype(jnp.float32) * _power_of_two(exponent - 23)
-
-
-def _fixed_point(weights: Float[Array, "..."], exponent: Int[Array, "..."]) -> Int[Array, "..."]:
-    """``weights * 2**exponent``, rounded."""
-    return (weights * _power_of_two(exponent) + 0.5).astype(jnp.int32)
-
-
-def _power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+    fixed = fixed_point(weights, 23 - exponent[..., None]).sum(-1)
+    return fixed.astype(jnp.float32) * power_of_two(exponent - 23)
 
 
 # --- Which tokens are kept ----------------------------------------------------------------------
@@ -252,10 +248,9 @@ def _threshold(
     batch: StepBatch,
     vocab_size: int,
     variant: str,
+    implementation: str,
 ) -> Float[Array, "rows"]:
     """The smallest weight that min-p, top-k and top-p keep; 0 where they keep everything.
-
-    Weights that are equal in float32 are kept or dropped together: ties at the threshold are kept.
 
     What is searched for is known to the host, by the variant. A branch on the device would make
     the host wait for its outcome at every step, and the device for the host after that.
@@ -263,74 +258,13 @@ def _threshold(
     if variant == "random":
         return batch.min_p
     is_random = batch.temperature >= MIN_TEMPERATURE
-    weights = lax.optimization_barrier(weigh(logits).reshape(logits.shape[0], -1))
-    uses_k = is_random & (batch.top_k > 0) & (batch.top_k < vocab_size)
-    by_k = _top_k_threshold(weights, batch.top_k)
-    floor = jnp.maximum(batch.min_p, jnp.where(uses_k, by_k, 0))
-    by_p = _top_p_threshold(weights, floor, batch.top_p, vocab_size)
-    return jnp.where(is_random & (batch.top_p < 1), by_p, floor)
-
-
-def _top_k_threshold(
-    weights: Float[Array, "rows tokens"], k: Int[Array, "rows"]
-) -> Float[Array, "rows"]:
-    """The k-th largest weight."""
-    return _largest_threshold(weights, lambda w: jnp.ones_like(w, jnp.int32), lambda n: n >= k)
-
-
-def _top_p_threshold(
-    weights: Float[Array, "rows tokens"],
-    floor: Float[Array, "rows"],
-    p: Float[Array, "rows"],
-    vocab_size: int,
-) -> Float[Array, "rows"]:
-    """The largest threshold that keeps the share ``p`` of the mass of weights from ``floor`` on."""
-
-    def kept(w: Float[Array, "rows tokens"]) -> Float[Array, "rows tokens"]:
-        return jnp.where(w >= floor[:, None], w, 0)
-
-    # A first sum, rounded up, tells how many bits a weight may have in the second.
-    exponent = SUM_BITS - (vocab_size - 1).bit_length()
-    coarse = (kept(weights) * 2.0**exponent).astype(jnp.int32) + (kept(weights) > 0)
-    sum_bits = 32 - lax.clz(coarse.sum(-1))
-    exponent = (exponent + SUM_BITS - sum_bits)[:, None]
-
-    def fixed(w: Float[Array, "rows tokens"]) -> Int[Array, "rows tokens"]:
-        return _fixed_point(kept(w), exponent)
-
-    target = p * fixed(weights).sum(-1).astype(jnp.float32)
-    found = _largest_threshold(weights, fixed, lambda mass: mass.astype(jnp.float32) >= target)
-    return jnp.clip(found, floor, 1)
-
-
-def _largest_threshold(
-    weights: Float[Array, "rows tokens"],
-    measure: Callable[[Float[Array, "rows tokens"]], Int[Array, "rows tokens"]],
-    enough: Callable[[Int[Array, "rows"]], Bool[Array, "rows"]],
-) -> Float[Array, "rows"]:
-    """The largest t for which the summed measure of the weights that are at least t is enough.
-
-    Floats in [0, 1] are ordered as their bits are, so t is found digit by digit, by ten passes of
-    seven sums each: three bits a pass balance reading the weights against comparing them.
-    """
-
-    def find_digit(i: Int[Array, ""], bits: Int[Array, "rows"]) -> Int[Array, "rows"]:
-        shift = WEIGHT_BITS - DIGIT_BITS * (i + 1)
-        digits = [bits | (digit << shift) for digit in range(1, 2**DIGIT_BITS)]
-        pivots = [lax.bitcast_convert_type(digit, jnp.float32)[:, None] for digit in digits]
-        measured = measure(weights)
-        # One reduction with seven results reads the weights once, whatever the compiler fuses.
-        sums = lax.reduce(
-            [jnp.where(weights >= pivot, measured, 0) for pivot in pivots],
-            [jnp.int32(0)] * len(pivots),
-            lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
-            dimensions=(1,),
-        )
-        return bits | (sum(enough(s).astype(jnp.int32) for s in sums) << shift)
-
-    bits = jnp.zeros_like(weights[:, 0], jnp.int32)
-    bits = lax.fori_loop(0, WEIGHT_BITS // DIGIT_BITS, find_digit, bits)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    return top_threshold(
+        weigh(logits),
+        batch.min_p,
+        jnp.where(is_random & (batch.top_k < vocab_size), batch.top_k, 0),
+        jnp.where(is_random, batch.top_p, 1),
+        implementation=implementation,
+    )
 
 
 # --- Logprobs -----------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class StepProgram:
 
     @property
     def kernels(self) -> str:
-        """Implementation of the cache update and of products with weights that the device picks."""
+        """Implementation of everything but attention that has one in ``kernels``."""
         return "reference" if self.attention == "cudnn" else self.attention
 
     def positions(
@@ -191,7 +191,12 @@ def _sample(
     if state is not None:
         state = sampling.update_state(state, batch.tokens, batch)
     sampled = sampling.sample(
-        logits[0], batch, variant=variant, vocab_size=program.config.vocab_size, state=state
+        logits[0],
+        batch,
+        variant=variant,
+        vocab_size=program.config.vocab_size,
+        implementation=program.kernels,
+        state=state,
     )
     slots = jnp.where(batch.samples > 0, batch.slots, last_tokens.shape[1])
     last = last_tokens[0].at[slots].set(sampled.tokens, mode="drop")

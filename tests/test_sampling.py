@@ -37,7 +37,14 @@ def make_batch(rows: int, **fields) -> StepBatch:
 
 @partial(jax.jit, static_argnames=("variant", "vocab_size"))
 def run_sample(logits, batch, variant, vocab_size, state=None):
-    return sampling.sample(logits, batch, variant=variant, vocab_size=vocab_size, state=state)
+    return sampling.sample(
+        logits,
+        batch,
+        variant=variant,
+        vocab_size=vocab_size,
+        implementation="reference",
+        state=state,
+    )
 
 
 def draw(logits, batch, vocab_size=None, variant="top", state=None) -> np.ndarray:
@@ -53,7 +60,7 @@ def draw(logits, batch, vocab_size=None, variant="top", state=None) -> np.ndarra
 def _kept(logits, batch, vocab_size):
     grouped = sampling._grouped(logits, vocab_size)
     weigh = sampling._Weights.of(grouped.max((1, 2)), batch.temperature)
-    threshold = sampling._threshold(grouped, weigh, batch, vocab_size, "top")
+    threshold = sampling._threshold(grouped, weigh, batch, vocab_size, "top", "reference")
     weights = weigh(grouped)
     kept = (weights > 0) & (weights >= threshold[:, None, None])
     return kept.reshape(len(logits), -1)
@@ -506,7 +513,7 @@ def test_under_vmap_and_shard_map(variant):
     logits = jnp.asarray(random_logits(np.random.default_rng(13), pool * rows, vocab))
     batch = make_batch(pool * rows, top_k=np.arange(12) * 3, top_p=0.9)
     state = init_state(pool * rows, vocab)
-    one = partial(sampling.sample, variant=variant, vocab_size=vocab)
+    one = partial(sampling.sample, variant=variant, vocab_size=vocab, implementation="reference")
     expected = jax.jit(one)(logits, batch, state=state)
 
     fold = partial(jax.tree.map, lambda x: x.reshape(pool, -1, *x.shape[1:]))
@@ -537,7 +544,9 @@ def test_values_never_recompile():
     @jax.jit
     def program(logits, batch):
         traces.append(1)
-        return sampling.sample(logits, batch, variant="random", vocab_size=40)
+        return sampling.sample(
+            logits, batch, variant="random", vocab_size=40, implementation="reference"
+        )
 
     for seed, fields in enumerate([{}, {"top_k": 5}, {"top_p": 0.3}, {"temperature": 0.0}]):
         logits = random_logits(np.random.default_rng(seed), 4, 40)
@@ -555,6 +564,6 @@ def test_values_never_recompile():
     ],
 )
 def test_errors(change, message):
-    arguments = {"variant": "random", "vocab_size": 10} | change
+    arguments = {"variant": "random", "vocab_size": 10, "implementation": "reference"} | change
     with pytest.raises(ValueError, match=message):
         sampling.sample(jnp.zeros((2, 10)), make_batch(2), **arguments)
