@@ -81,6 +81,8 @@ def cases() -> list[Case]:
         Case("decode 16 x 32768", ((1, 32768),) * 16, "TB/s"),
         Case("decode 256 ragged", ragged, "TB/s"),
         Case("decode 1 x 4096", ((1, 4096),), "ms"),
+        Case("decode 256 x 64", ((1, 64),) * 256, "TB/s"),
+        Case("decode 256 x 640", ((1, 640),) * 256, "TB/s"),
         Case("prefill 4 x 4096", ((4096, 4096),) * 4, "TFLOP/s"),
         Case("prefill 16 x 1024", ((1024, 1024),) * 16, "TFLOP/s"),
         Case("chunk 2048 on 16384", ((2048, 16384 + 2048),), "TFLOP/s"),
@@ -428,9 +430,7 @@ def main() -> None:
     """Run what was asked for and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--only", default="", help="beginnings of case names, or 'corners', 'kv', 'top'"
-    )
+    parser.add_argument("--only", default="", help="beginnings of case names, or corners, kv, top")
     parser.add_argument("--sweep", choices=["prefill"], help="compare variants of this kernel")
     args = parser.parse_args()
     only = tuple(word for word in args.only.split(",") if word)

@@ -283,7 +283,7 @@ def _merge_kernel(
 ):
     """Merge the parts of the pair that a worker's start cuts, if no earlier start cuts it too."""
     plan = DecodePlan(*refs[:7])
-    out_ref, part_smem, stat_smem, barrier = refs[7:]
+    out_ref, part_smem, stat_smem, barriers = refs[7:]
     worker = lax.axis_index("block") + 1
     place = plan.worker_starts[worker]
     before = plan.worker_starts[worker - 1]
@@ -299,39 +299,46 @@ def _merge_kernel(
     def _merge():
         rows = pl.ds(0, groups)
 
-        def load(part):
-            plgpu.commit_smem()
+        def send_for(part, slot):
             for i in range(2):
                 source = part_ref.at[part, i, rows]
-                plgpu.copy_gmem_to_smem(source, part_smem.at[i, rows], barrier)
-            plgpu.copy_gmem_to_smem(stat_ref.at[part], stat_smem, barrier)
-            plgpu.barrier_wait(barrier)
+                plgpu.copy_gmem_to_smem(source, part_smem.at[slot, i, rows], barriers.at[slot])
+            plgpu.copy_gmem_to_smem(stat_ref.at[part], stat_smem.at[slot], barriers.at[slot])
+
+        def receive(slot):
+            plgpu.barrier_wait(barriers.at[slot])
             read = functools.partial(_load, interpret=interpret)
             high, low = (
-                read(part_smem.at[i], plgpu.Layout.WGMMA).astype(jnp.float32) for i in range(2)
+                read(part_smem.at[slot, i], plgpu.Layout.WGMMA).astype(jnp.float32)
+                for i in range(2)
             )
-            return high + low, read(stat_smem, ROW_LAYOUT)
+            return high + low, read(stat_smem.at[slot], ROW_LAYOUT)
 
-        value, peak = load(2 * (worker - 1) + (before < begin).astype(jnp.int32))
+        # Nearly always there are two parts: the end of one worker, and the beginning of the next.
+        send_for(2 * (worker - 1) + (before < begin).astype(jnp.int32), 0)
+        send_for(2 * worker, 1)
+        value, peak = receive(0)
         total = filled((ROWS,), 1.0, interpret=interpret)
 
         def more(carry):
             u, value, peak, total = carry
-            other, stat = load(2 * u)
+            other, stat = receive(1)
             new_peak = jnp.maximum(peak, stat)
             shrink, weight = jnp.exp2(peak - new_peak), jnp.exp2(stat - new_peak)
             shape = value.shape
             value = value * over_keys(shrink, shape) + other * over_keys(weight, shape)
+            plgpu.commit_smem()  # everybody has read the slot
+            pl.when(plan.worker_starts[u + 1] < end)(lambda: send_for(2 * (u + 1), 1))
             return u + 1, value, new_peak, total * shrink + weight
 
         state = (worker, value, peak, total)
         in_pair = lambda c: plan.worker_starts[c[0]] < end  # noqa: E731
         _, value, _, total = lax.while_loop(in_pair, more, state)
         value = value * over_keys(1.0 / total, value.shape)
-        part_smem[0] = value.astype(out_ref.dtype)
+        part_smem[0, 0] = value.astype(out_ref.dtype)
         plgpu.commit_smem()
         query = plan.token[d] * (kv_heads * groups) + head * groups
-        plgpu.copy_smem_to_gmem(part_smem.at[0, rows], out_ref.at[pl.ds(query, groups)])
+        plgpu.copy_smem_to_gmem(part_smem.at[0, 0, rows], out_ref.at[pl.ds(query, groups)])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -385,9 +392,9 @@ def call_merge(out_ref, parts, stats, plan, static, interpret):
             interpret=static["interpret"],
         ),
         scratch=[
-            plgpu.SMEM((2, ROWS, head_dim), parts.dtype),
-            plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=3),
+            plgpu.SMEM((2, 2, ROWS, head_dim), parts.dtype),
+            plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=2),
         ],
         grid=workers - 1,
         name="ragged_decode_merge",

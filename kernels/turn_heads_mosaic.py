@@ -2,6 +2,9 @@
 
 XLA makes four kernels of this in every layer: it cuts the projection's result apart before it
 works on the parts. Here one kernel reads the result once and writes queries, keys and values.
+
+An item is one head of one tile of tokens. Each block takes a run of them, tile by tile, and loads
+the cosines and sines of a tile once; a head is turned in place, while the next one arrives.
 """
 
 from typing import Any
@@ -17,7 +20,7 @@ from sidp_jax.kernels.mosaic import gpu_kernel, load
 from sidp_jax.kernels.turn_heads import rotary_tables
 
 ROWS = 64  # tokens of one tile
-BLOCKS = 264  # two blocks on each of the 132 multiprocessors of an H100 or H200
+BLOCKS = 396  # three blocks on each of the 132 multiprocessors of an H100 or H200
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -74,29 +77,49 @@ def turn_heads_mosaic(
 
     def kernel(qkv_ref, cos_ref, sin_ref, *refs):
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
-        q_out, k_out, v_out, x_smem, y_smem, cos_smem, sin_smem, loaded = refs
+        q_out, k_out, v_out, x_smem, cos_smem, sin_smem, x_loaded, tables_loaded = refs
         block = lax.axis_index("block")
+        begin = lax.div(block * items, jnp.int32(blocks))
+        end = lax.div((block + 1) * items, jnp.int32(blocks))
 
-        def item(i, _):
-            number = block + i * blocks
+        def place_of(number):
+            """The item's tile, its tokens and its head."""
             tile = lax.div(number, jnp.int32(kv_heads * group))
-            head = lax.rem(number, jnp.int32(kv_heads * group))
-            kv_head = lax.div(head, jnp.int32(group))
-            place = lax.rem(head, jnp.int32(group))
             # The last tile begins early enough to be whole: some rows are written twice, alike.
             rows = pl.ds(jnp.minimum(tile * ROWS, tokens - ROWS), ROWS)
-            plgpu.copy_gmem_to_smem(qkv_ref.at[rows, head], x_smem, loaded)
-            plgpu.copy_gmem_to_smem(cos_ref.at[rows], cos_smem, loaded)
-            plgpu.copy_gmem_to_smem(sin_ref.at[rows], sin_smem, loaded)
-            plgpu.barrier_wait(loaded)
+            return tile, rows, lax.rem(number, jnp.int32(kv_heads * group))
 
-            @pl.when(place == queries + 1)
-            def _value():
-                plgpu.copy_smem_to_gmem(x_smem, v_out.at[rows, kv_head])
+        def send_for(number):
+            _, rows, head = place_of(number)
+            slot = lax.rem(number, jnp.int32(2))
+            plgpu.copy_gmem_to_smem(qkv_ref.at[rows, head], x_smem.at[slot], x_loaded.at[slot])
+
+        send_for(begin)
+
+        def item(number, tile_before):
+            tile, rows, head = place_of(number)
+            kv_head = lax.div(head, jnp.int32(group))
+            place = lax.rem(head, jnp.int32(group))
+            slot = lax.rem(number, jnp.int32(2))
+            x = x_smem.at[slot]
+
+            @pl.when(tile != tile_before)
+            def _tables():
+                plgpu.commit_smem()  # everybody has read those of the tile before
+                plgpu.copy_gmem_to_smem(cos_ref.at[rows], cos_smem, tables_loaded)
+                plgpu.copy_gmem_to_smem(sin_ref.at[rows], sin_smem, tables_loaded)
+
+            @pl.when(number + 1 < end)
+            def _next():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                send_for(number + 1)
+
+            pl.when(tile != tile_before)(lambda: plgpu.barrier_wait(tables_loaded))
+            plgpu.barrier_wait(x_loaded.at[slot])
 
             @pl.when(place <= queries)
             def _turn():
-                parts = [tile_of(x_smem, first).astype(jnp.float32) for first in (0, half)]
+                parts = [tile_of(x, first).astype(jnp.float32) for first in (0, half)]
                 if norm:
                     square = parts[0] * parts[0] + parts[1] * parts[1]
                     mean = square.sum(axis=1) * (1.0 / head_dim)
@@ -110,22 +133,25 @@ def turn_heads_mosaic(
                 cosine, sine = tile_of(cos_smem, 0), tile_of(sin_smem, 0)
                 first, second = parts
                 turned = (first * cosine - second * sine, second * cosine + first * sine)
+                plgpu.commit_smem()  # everybody has read the head
                 for begin, part in zip((0, half), turned, strict=True):
-                    y_smem[:, pl.ds(begin, half)] = part.astype(qkv.dtype)
+                    x[:, pl.ds(begin, half)] = part.astype(qkv.dtype)
                 plgpu.commit_smem()
 
-                @pl.when(place < queries)
-                def _query():
-                    q_head = kv_head * queries + place
-                    plgpu.copy_smem_to_gmem(y_smem, q_out.at[rows, q_head])
+            @pl.when(place < queries)
+            def _query():
+                plgpu.copy_smem_to_gmem(x, q_out.at[rows, kv_head * queries + place])
 
-                @pl.when(place == queries)
-                def _key():
-                    plgpu.copy_smem_to_gmem(y_smem, k_out.at[rows, kv_head])
+            for out, at in ((k_out, queries), (v_out, queries + 1)):
 
-            plgpu.wait_smem_to_gmem(0)
+                @pl.when(place == at)
+                def _key_or_value(out=out):
+                    plgpu.copy_smem_to_gmem(x, out.at[rows, kv_head])
 
-        lax.fori_loop(0, lax.div(items - 1 - block, jnp.int32(blocks)) + 1, item, None)
+            return tile
+
+        lax.fori_loop(begin, end, item, jnp.int32(-1))
+        plgpu.wait_smem_to_gmem(0)
 
     heads = (kv_heads * queries, kv_heads, kv_heads)
     tile = (ROWS, head_dim)
@@ -136,11 +162,11 @@ def turn_heads_mosaic(
             grid=blocks,
             out_type=[jax.ShapeDtypeStruct((tokens, n, head_dim), qkv.dtype) for n in heads],
             scratch=[
-                plgpu.SMEM(tile, qkv.dtype),
-                plgpu.SMEM(tile, qkv.dtype),
+                plgpu.SMEM((2, *tile), qkv.dtype),
                 plgpu.SMEM((ROWS, half), jnp.float32),
                 plgpu.SMEM((ROWS, half), jnp.float32),
-                plgpu.Barrier(num_arrivals=3),
+                plgpu.Barrier(num_barriers=2),
+                plgpu.Barrier(num_arrivals=2),
             ],
             interpret=interpret,
         )(qkv.reshape(tokens, kv_heads * group, head_dim), cos, sin, *scales)
