@@ -219,6 +219,11 @@ class EngineConfig:
                 f"pool_host_layers={count} needs resident_layers=0, got {self.resident_layers}: "
                 "all other layers are on the GPU anyway"
             )
+        if self.was_fetch == "collective":
+            raise ConfigError(
+                f"pool_host_layers={count} needs was_fetch=copies or auto, got 'collective': no "
+                "collective reaches the host's memory"
+            )
         if self.layer_loop == "scan":
             raise ConfigError(
                 f"pool_host_layers={count} needs layer_loop=unrolled or auto, got 'scan'"

@@ -135,6 +135,7 @@ def test_the_constructor_checks_as_well():
         ("mode", "cas", "needs mode=was or auto, got 'cas'"),
         ("mode", "replicated", "needs mode=was or auto, got 'replicated'"),
         ("resident_layers", 1, "needs resident_layers=0, got 1"),
+        ("was_fetch", "collective", "needs was_fetch=copies or auto, got 'collective'"),
         ("layer_loop", "scan", "needs layer_loop=unrolled or auto, got 'scan'"),
     ],
 )

@@ -98,6 +98,14 @@ def test_copies_of_a_row_ride_under_the_row_before(pool, layers, tokens):
     assert p.step_seconds(WAS, tokens, attention) == pytest.approx(expected)
 
 
+def test_a_row_that_is_the_only_one_is_copied_once_and_stays():
+    shape = policy().shape
+    for pool, resident in ((2, 78), (2, 79), (4, 76)):
+        h200, fetch = load_profile("h200"), "copies"
+        p = Policy((WAS,), pool, shape, h200, resident_layers=resident, was_fetch=fetch)
+        assert p.seconds(WAS, 64) == pytest.approx(p.seconds(REPLICATED, 64))
+
+
 def test_copies_are_preferred_in_small_pools_where_their_speed_is_known():
     h200 = load_profile("h200")
     assert [preferred_fetch(h200, pool) for pool in (2, 3, 8)] == ["copies", *["collective"] * 2]

@@ -145,10 +145,13 @@ def _copied_seconds(
 ) -> float:
     """Copies ride under all that a layer does, a row of the slab under the row before it.
 
-    The first row comes under the last one of the step before.
+    The first row comes under the last one of the step before. A row that is the only one is sent
+    for once, and stays.
     """
     first, *later = spans
     rows = [later[at : at + pool_size] for at in range(0, len(later), pool_size)]
+    if len(rows) == 1:
+        return sum(spans) * home
     share = hardware.copy_interference if was_fetch == COPIES else 0.0
     seconds = first * home
     for row, arriving in zip(rows, (*rows[1:], rows[0]), strict=True):
