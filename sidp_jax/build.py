@@ -103,6 +103,7 @@ def build_engine(config: EngineConfig) -> Engine:
                     if config.prefill == "spread"
                     else None
                 ),
+                prefix_caching=config.enable_prefix_caching,
             )
         ),
         policy,

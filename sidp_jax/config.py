@@ -125,6 +125,8 @@ class EngineConfig:
         prefill: ``spread`` evens prefill out over the steps, ``first`` does it as soon as there is
             room in the cache.
         page_size: Tokens of one page of the KV cache.
+        enable_prefix_caching: Whether prompts that begin alike share the pages of what they have in
+            common, and compute it once; whole pages alone are shared.
         gpu_memory_utilization: Share of a device's memory that may be used.
         num_kv_pages: Pages of one replica's KV cache; None is what the memory has room for.
         platform: Where to run; on ``cpu`` the devices are virtual ones.
@@ -158,6 +160,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     prefill: Literal["spread", "first"] = "spread"
     page_size: int = 16
+    enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.92
     num_kv_pages: int | None = None
     platform: Literal["auto", "cpu", "gpu"] = "auto"

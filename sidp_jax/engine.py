@@ -58,6 +58,7 @@ class _Request:
     params: SamplingParams
     outputs: list[CompletionOutput] = field(default_factory=list)
     unfinished: set[int] = field(default_factory=set)  # sequence numbers
+    num_cached_tokens: int = 0
 
 
 @dataclass
@@ -300,6 +301,7 @@ class Engine:
 
     def _finish(self, sample: _Sample, reason: str, stop_reason: int | str | None) -> None:
         self.scheduler.finish(sample.sequence, reason)
+        sample.request.num_cached_tokens += sample.sequence.num_cached
         output = sample.output
         output.finish_reason, output.stop_reason = reason, stop_reason
         if sample.detokenizer is not None:
@@ -343,4 +345,5 @@ class Engine:
             prompt_token_ids=request.prompt_token_ids,
             outputs=request.outputs,
             finished=True,
+            num_cached_tokens=request.num_cached_tokens,
         )

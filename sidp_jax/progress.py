@@ -22,7 +22,7 @@ class Watched(Protocol):
     """What a report reads off the engine."""
 
     stats: Any  # prompt_tokens, output_tokens, steps
-    scheduler: Any  # num_running, num_waiting, num_preemptions, kv_usage
+    scheduler: Any  # num_running, num_waiting, num_preemptions, kv_usage, prefix_hit_rate
     mode: str | None
     compilations: int
 
@@ -104,6 +104,7 @@ class ProgressReport:
             f"waiting: {scheduler.num_waiting}, "
             f"preempted: {scheduler.num_preemptions - self._preemptions}, "
             f"KV cache usage: {scheduler.kv_usage:.1%}, "
+            f"prefix cache hit rate: {scheduler.prefix_hit_rate:.1%}, "
             f"prompt throughput: {prompt:.1f} tokens/s, "
             f"generation throughput: {output:.1f} tokens/s, "
             f"mode: {engine.mode} (steps: {modes}), "

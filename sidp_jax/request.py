@@ -116,15 +116,15 @@ class SamplingParams:
         object.__setattr__(self, name, cast(value))
 
     @cached_property
+    def counts_tokens(self) -> bool:
+        """Whether the sampler has to see every token of the prompt and the output."""
+        additive = self.presence_penalty != 0 or self.frequency_penalty != 0
+        return additive or self.repetition_penalty != 1
+
+    @cached_property
     def sampler(self) -> SamplerVariant:
         """The cheapest variant of the sampler that does all that these parameters ask for."""
-        if (
-            self.presence_penalty != 0
-            or self.frequency_penalty != 0
-            or self.repetition_penalty != 1
-            or self.min_tokens > 0
-            or self.logprobs is not None
-        ):
+        if self.counts_tokens or self.min_tokens > 0 or self.logprobs is not None:
             return "full"
         if self.temperature == 0:
             return "greedy"
@@ -202,14 +202,15 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int = 0  # prompt tokens of all samples that the prefix cache held
 
 
 @dataclass(eq=False)
 class Sequence:
     """One of the n samples of a request, on its way through the engine.
 
-    The engine creates it and checks each new token; from `num_pending` down to `pages`, the
-    fields are the scheduler's.
+    The engine creates it and checks each new token; from `num_pending` down to `num_cached`,
+    the fields are the scheduler's.
     """
 
     seq_id: int  # order of arrival; unique
@@ -228,6 +229,9 @@ class Sequence:
     replica: int | None = None
     slot: int | None = None  # row of the replica's per-sequence device state, while it runs
     pages: array = field(default_factory=lambda: array("i"))  # page ids, in order of position
+    num_registered: int = 0  # of these, those that others may find by their keys
+    page_keys: tuple[bytes, ...] | None = None  # of the whole pages of the prompt, once needed
+    num_cached: int = 0  # prompt tokens that need not be computed at the first start
     packed: bytes = b""  # build_batch's: what never changes, as the device wants it
 
     @property

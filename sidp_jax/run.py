@@ -145,6 +145,8 @@ def _table(summary: JobSummary, engine: JobEngine | None) -> Table:
         table.add_row("total tokens/s", f"{tokens / seconds:,.1f}")
         table.add_row("output tokens/s", f"{summary.output_tokens / seconds:,.1f}")
         table.add_row("KV tokens", f"{engine.kv_tokens:,}")
+        cached = engine.scheduler.num_cached_tokens
+        table.add_row("tokens from the prefix cache", f"{cached:,}")
         steps = ", ".join(f"{mode} {count:,}" for mode, count in sorted(stats.steps.items()))
         table.add_row("steps per mode", steps or "none")
         table.add_row("mode switches", f"{len(stats.switches):,}")

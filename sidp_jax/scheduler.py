@@ -5,6 +5,9 @@ the step in chunks (how large a step, `pace` says), and where pages run out the 
 starts again later (preemption by recomputation). The host plans one step ahead: step n+1 is planned
 before it knows the tokens of step n: counters run ahead of token values (`Sequence.num_pending`).
 
+Prompts that begin alike share the pages of what they have in common (prefix cache). A page may be
+shared from the step on that computes it: in every layer K and V are written before anybody attends.
+
 No jax here. Scheduling as in Orca (iteration level), Sarathi-Serve (chunked prefill beside decode)
 and vLLM (paged cache, preemption of the newest).
 """
@@ -18,7 +21,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from sidp_jax.pace import Pace, StepCosts
-from sidp_jax.pages import PageAllocator, pages_for
+from sidp_jax.pages import PageAllocator, page_keys, pages_for
 from sidp_jax.request import RequestError, Sequence
 
 
@@ -35,6 +38,7 @@ class SchedulerConfig:
         num_kv_pages: pages of the KV cache.
         step_costs: what steps of each size cost, up to the token budget: prefill is spread over
             steps of the best one. If None, prefill takes all that decode leaves of the budget.
+        prefix_caching: whether prompts that begin alike share pages.
     """
 
     pool_size: int
@@ -44,10 +48,11 @@ class SchedulerConfig:
     page_size: int
     num_kv_pages: int
     step_costs: StepCosts | None = None
+    prefix_caching: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name != "step_costs" and value < 1:
+            if name not in ("step_costs", "prefix_caching") and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
@@ -134,6 +139,8 @@ class Scheduler:
             for index in range(config.pool_size)
         ]
         self.num_preemptions = 0
+        self.num_cached_tokens = 0  # that sequences found in the prefix cache when they started
+        self._num_started_tokens = 0
         self._waiting: list[tuple[int, Sequence]] = []  # a heap by seq_id: order of arrival
         self._pace = Pace(config.step_costs)
 
@@ -154,6 +161,11 @@ class Scheduler:
         """Share of all pages that is allocated, 0 to 1."""
         allocated = sum(replica.allocator.num_allocated for replica in self.replicas)
         return allocated / (self.config.pool_size * self.config.num_kv_pages)
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the tokens of all started sequences that the prefix cache held, 0 to 1."""
+        return self.num_cached_tokens / max(self._num_started_tokens, 1)
 
     # What the engine calls
 
@@ -255,6 +267,7 @@ class Scheduler:
             if length == 0 or not self._make_room(draft, sequence, length):
                 continue
             draft.append(sequence, length, remaining)
+            self._register(sequence)
             if remaining > 1:
                 draft.budget -= length
         return draft
@@ -296,15 +309,17 @@ class Scheduler:
             draft = self._choose_replica(drafts)
             if draft is None or sequence.num_pending:
                 return  # a pending token's value is not on the device any more, nor yet here
-            needed = pages_for(sequence.num_tokens + 1, self.config.page_size)
-            if not draft.replica.allocator.can_allocate(needed):
+            shared = self._cached_pages(sequence, draft.replica.allocator)
+            needed = pages_for(sequence.num_tokens + 1, self.config.page_size) - len(shared)
+            if not draft.replica.allocator.can_allocate(needed, shared):
                 return
             heapq.heappop(self._waiting)
             self._pace.queue(sequence, -1)
-            self._start(sequence, draft.replica, needed)
+            self._start(sequence, draft.replica, shared, needed)
             remaining = sequence.num_remaining
             length = min(remaining, draft.budget)
             draft.append(sequence, length, remaining)
+            self._register(sequence)
             draft.budget -= length
 
     def _choose_replica(self, drafts: list[Draft]) -> Draft | None:
@@ -315,11 +330,43 @@ class Scheduler:
             default=None,
         )
 
-    def _start(self, sequence: Sequence, replica: Replica, num_pages: int) -> None:
+    def _cached_pages(self, sequence: Sequence, allocator: PageAllocator) -> list[int]:
+        """Pages that hold the beginning of a waiting sequence's prompt; its last token is computed.
+
+        What counts tokens has to see them all.
+        """
+        page_size = self.config.page_size
+        if not self.config.prefix_caching or sequence.params.counts_tokens:
+            return []
+        if sequence.page_keys is None:
+            sequence.page_keys = tuple(page_keys(sequence.prompt, page_size))
+        return allocator.match(sequence.page_keys[: (sequence.num_tokens - 1) // page_size])
+
+    def _register(self, sequence: Sequence) -> None:
+        """Let others find the pages of the prompt that are computed with the steps planned."""
+        if sequence.page_keys is None:
+            return
+        allocator = self.replicas[sequence.replica].allocator
+        whole = min(len(sequence.page_keys), sequence.num_computed // self.config.page_size)
+        for place in range(sequence.num_registered, whole):
+            allocator.register(sequence.pages[place], sequence.page_keys[place])
+        sequence.num_registered = max(sequence.num_registered, whole)
+
+    def _start(
+        self, sequence: Sequence, replica: Replica, shared: list[int], num_pages: int
+    ) -> None:
         """Take a sequence out of the queue into a replica, with all the pages its prefill needs."""
         sequence.replica = replica.index
         sequence.slot = replica.free_slots.pop()
+        replica.allocator.share(shared)
+        sequence.pages.extend(shared)
         sequence.pages.extend(replica.allocator.allocate(num_pages))
+        sequence.num_registered = len(shared)
+        sequence.num_computed = len(shared) * self.config.page_size
+        if not sequence.output:
+            sequence.num_cached = sequence.num_computed
+        self.num_cached_tokens += sequence.num_computed
+        self._num_started_tokens += sequence.num_tokens
         insort(replica.running, sequence, key=attrgetter("seq_id"))
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -343,7 +390,7 @@ class Scheduler:
         replica.allocator.free(sequence.pages)
         sequence.pages = array("i")
         sequence.replica = sequence.slot = None
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_registered = 0
 
     def _end(self, sequences: list[Sequence], reason: str) -> None:
         """Take sequences out of wherever they are, running or waiting."""
@@ -373,10 +420,10 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that pages and slots are conserved and every sequence is in one place."""
         for replica in self.replicas:
-            replica.allocator.check_integrity()
             owned = [page for sequence in replica.running for page in sequence.pages]
-            assert len(owned) == len(set(owned)), "a page in two sequences"
-            assert len(owned) == replica.allocator.num_allocated, "an allocated page in none"
+            if not self.config.prefix_caching:
+                assert len(owned) == len(set(owned)), "a page in two sequences"
+            replica.allocator.check_integrity(owned)
             slots = [sequence.slot for sequence in replica.running] + replica.free_slots
             assert sorted(slots) == list(range(self.config.max_num_seqs)), f"slots: {slots}"
             assert all(sequence.replica == replica.index for sequence in replica.running)

@@ -79,6 +79,8 @@ class FakeEngine:
             num_waiting=len(self._left) - running,
             num_preemptions=0,
             kv_usage=0.5,
+            prefix_hit_rate=0.25,
+            num_cached_tokens=64,
         )
 
     @property

@@ -104,6 +104,7 @@ def make_engine(
     max_model_len: int = 48,
     page_size: int = 4,
     num_kv_pages: int = 64,
+    prefix_caching: bool = True,
 ) -> Engine:
     """An engine over a small random model, warmed up."""
     config = config or small_config(5)
@@ -140,6 +141,7 @@ def make_engine(
                 tuple(batch.tokens for batch in shapes.batches),
                 tuple(10.0 + batch.tokens for batch in shapes.batches),
             ),
+            prefix_caching,
         )
     )
     return Engine(runner, scheduler, policy, max_model_len=max_model_len, seed=0, tokenizer=None)

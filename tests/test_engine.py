@@ -31,7 +31,7 @@ def was_engine():
 @pytest.fixture(scope="module")
 def greedy_tokens():
     """The oracle: ``replicated``, one request at a time, each prompt in one chunk."""
-    engine = make_engine(modes=("replicated",), max_num_batched_tokens=32)
+    engine = make_engine(modes=("replicated",), max_num_batched_tokens=32, prefix_caching=False)
     return {
         name: tokens(run_requests(engine, {name: (prompt, greedy())}))[name]
         for name, prompt in prompts().items()
@@ -91,6 +91,69 @@ def test_preemption_changes_nothing(greedy_tokens):
     engine = make_engine(num_kv_pages=12, pool_size=1)
     assert run_greedy(engine) == greedy_tokens
     assert engine.scheduler.num_preemptions > 0
+
+
+def shared_prompts(count=9, common=14):
+    """Prompts that begin alike; every third has a beginning of its own."""
+    rng = np.random.default_rng(5)
+    begin = rng.integers(2, 90, common).tolist()
+    return {
+        f"s{i}": (begin if i % 3 else begin[::-1]) + rng.integers(2, 90, 1 + i % 7).tolist()
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"modes": ("replicated",), "pool_size": 1},
+        {"modes": ("cas_staggered", "was"), "policy_type": Alternating, "pool_size": 3},
+        {"pool_size": 1, "num_kv_pages": 14},
+    ],
+    ids=["was", "pool-of-one", "switching", "few-pages"],
+)
+def test_prompts_that_begin_alike_share_pages_and_tokens_stay_the_same(changes):
+    requests = {name: (prompt, greedy()) for name, prompt in shared_prompts().items()}
+    alone = make_engine(modes=("replicated",), pool_size=1, prefix_caching=False)
+    expected = {}
+    for name, request in requests.items():
+        expected |= tokens(run_requests(alone, {name: request}))
+    engine = make_engine(**changes)
+    outputs = run_requests(engine, requests)
+    assert tokens(outputs) == expected
+    cached = sum(output.num_cached_tokens for output in outputs.values())
+    assert 0 < cached <= engine.scheduler.num_cached_tokens
+    assert alone.scheduler.num_cached_tokens == 0
+    # A second time around every prompt is there, but for its last page.
+    again = run_requests(engine, requests)
+    assert tokens(again) == expected
+    if "num_kv_pages" not in changes:
+        pages = {name: (len(prompt) - 1) // 4 * 4 for name, (prompt, _) in requests.items()}
+        if engine.runner.program.layout.pool_size == 1:
+            assert {name: o.num_cached_tokens for name, o in again.items()} == pages
+
+
+def test_samples_of_a_request_share_its_prompt():
+    engine = make_engine(pool_size=1)
+    params = SamplingParams(n=4, temperature=1.0, max_tokens=6, seed=3, ignore_eos=True)
+    prompt = shared_prompts()["s6"]
+    (output,) = run_requests(engine, {"x": (prompt, params)}).values()
+    without = make_engine(pool_size=1, prefix_caching=False)
+    (expected,) = run_requests(without, {"x": (prompt, params)}).values()
+    assert [o.token_ids for o in output.outputs] == [o.token_ids for o in expected.outputs]
+    assert (output.num_cached_tokens, expected.num_cached_tokens) == (3 * 20, 0)
+
+
+def test_what_counts_tokens_computes_its_whole_prompt(was_engine):
+    params = SamplingParams(temperature=0, max_tokens=8, repetition_penalty=1.5, ignore_eos=True)
+    prompt = shared_prompts()["s1"]
+    run_requests(was_engine, {"before": (prompt, greedy())})
+    (output,) = run_requests(was_engine, {"x": (prompt, params)}).values()
+    without = make_engine(prefix_caching=False)
+    (expected,) = run_requests(without, {"x": (prompt, params)}).values()
+    assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert output.num_cached_tokens == 0
 
 
 def test_nothing_compiles_after_warm_up(was_engine):

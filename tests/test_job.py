@@ -321,7 +321,14 @@ def test_a_log_line_without_a_terminal(config, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="sidp_jax"):
         run(config)
     line = next(record.message for record in caplog.records if "running" in record.message)
-    for word in ("requests: ", "waiting: ", "preempted: 0", "KV cache usage: 50.0%", "mode: was"):
+    for word in (
+        "requests: ",
+        "waiting: ",
+        "preempted: 0",
+        "KV cache usage: 50.0%",
+        "hit rate: 25.0%",
+        "mode: was",
+    ):
         assert word in line
     assert "compilations: 0" in line
 

@@ -45,6 +45,7 @@ class Device:
         self.kv = np.full(shape, -1)  # the "K and V" of a token is the token
         self.last_tokens = np.full((config.pool_size, config.max_num_seqs), -1)
         self.lengths = np.zeros((config.pool_size, config.max_num_seqs), int)  # computed, by slot
+        self.owners: dict[tuple[int, int], Sequence] = {}  # by replica and slot
 
     def run(self, plan: StepPlan) -> np.ndarray:
         buffers = build_batch(plan, self.layout, self.config.page_size)
@@ -53,27 +54,40 @@ class Device:
             batch = unpack(buffer, self.layout)
             written = batch.kv_slots[batch.kv_slots >= 0]
             assert len(written) == len(set(written.tolist())), "two tokens in one place"
-            for row in np.flatnonzero(batch.context_lens):
-                tokens[replica, row] = self._run_row(replica, batch, row)
+            rows = np.flatnonzero(batch.context_lens)
+            for row in rows:
+                self._begin_row(replica, batch, row, plan.replicas[replica][row].sequence)
+                self._write_row(replica, batch, row)
+            for row in rows:  # in every layer all is written before anybody attends
+                tokens[replica, row] = self._sample_row(replica, batch, row)
         return tokens
 
-    def _run_row(self, replica: int, batch, row: int) -> int:
+    def _begin_row(self, replica: int, batch, row: int, sequence: Sequence) -> None:
+        """A slot's new sequence begins at position 0, or where the cached part of it ends."""
+        key = replica, batch.slots[row]
+        first = batch.positions[batch.query_starts[row]]
+        starts = first == 0 or self.owners.get(key) is not sequence
+        if starts:
+            assert first == 0 or not sequence.params.counts_tokens, "a token that is not counted"
+            self.owners[key], self.lengths[key] = sequence, first
+
+    def _write_row(self, replica: int, batch, row: int) -> None:
         slot = batch.slots[row]
         for t in range(batch.query_starts[row], batch.query_starts[row + 1]):
             position = batch.positions[t]
-            if position == 0:
-                self.lengths[replica, slot] = 0
             assert position == self.lengths[replica, slot], "a token left out, or computed twice"
             self.lengths[replica, slot] += 1
             token = batch.tokens[t] if batch.tokens[t] >= 0 else self.last_tokens[replica, slot]
             assert batch.kv_slots[t] == self._kv_slot(batch, row, position), "not in its own pages"
             self.kv[replica, batch.kv_slots[t]] = token
         assert batch.context_lens[row] == self.lengths[replica, slot]
+
+    def _sample_row(self, replica: int, batch, row: int) -> int:
         if not batch.samples[row]:
             return -1
         places = [self._kv_slot(batch, row, p) for p in range(batch.context_lens[row])]
         token = next_token(int(batch.seeds[row]), self.kv[replica, places].tolist())
-        self.last_tokens[replica, slot] = token
+        self.last_tokens[replica, batch.slots[row]] = token
         return token
 
     def _kv_slot(self, batch, row: int, position: int) -> int:
@@ -149,8 +163,9 @@ def collect(scheduler: Scheduler, plan: StepPlan, tokens: np.ndarray) -> None:
 
 
 def make_sequence(seq_id: int, prompt_len: int, max_tokens: int) -> Sequence:
-    prompt = [1 + (seq_id + i) % 19 for i in range(prompt_len)]
-    params = SamplingParams(max_tokens=max_tokens)
+    prompt = [1 + (seq_id % 3 + i) % 19 for i in range(prompt_len)]  # some begin alike
+    penalty = float(seq_id % 4 == 3)  # some count their tokens
+    params = SamplingParams(max_tokens=max_tokens, presence_penalty=penalty)
     return Sequence(seq_id, str(seq_id), 0, prompt, params, seed=seq_id, max_tokens=max_tokens)
 
 
@@ -168,6 +183,7 @@ def workloads(draw):
         "max_model_len": max_model_len,
         "page_size": page_size,
         "num_kv_pages": least_pages + draw(st.integers(0, 2 * least_pages)),
+        "prefix_caching": draw(st.booleans()),
     }
     if draw(st.booleans()):
         most = config["max_num_batched_tokens"]
@@ -184,7 +200,7 @@ def workloads(draw):
     return config, arrivals
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(workloads())
 def test_random_workloads_against_the_brute_force_device(workload):
     values = workload[0]
