@@ -350,9 +350,11 @@ def validate(path: Path) -> list[dict[str, Any]]:
     )
     pages = report["kv_tokens"] // config.pool_size // config.page_size
     spread = config.prefill == "spread"
+    shared = _shared_prefix_of(report["command"]) if config.enable_prefix_caching else 0
     rows = []
     for name, measured in report["cases"].items():
-        job = simulate(setting, candidate, pages, _measured_job(name), spread=spread)
+        job = _measured_job(name)
+        job = simulate(setting, candidate, pages, job, spread=spread, shared_prefix=shared)
         rows.append(
             {
                 "case": name,
@@ -385,6 +387,13 @@ def _config_of(command: str) -> EngineConfig:
     known, rest = parser.parse_known_args(words[start + 1 :])
     overrides = [word for word in (*known.overrides, *rest) if "=" in word and word[0] != "-"]
     return load_config(known.config, overrides)
+
+
+def _shared_prefix_of(command: str) -> int:
+    """Tokens that all prompts of a command of ``bench_offline.py`` begin with."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--shared-prefix", type=int, default=0)
+    return parser.parse_known_args(shlex.split(command))[0].shared_prefix
 
 
 def _profile_of(report: dict[str, Any]) -> str:

@@ -170,7 +170,14 @@ class Pace:
         self._produced += len(sequence.output)
         self._limits += sequence.max_tokens
 
-    def step_size(self, running: Seq[Sequence], pool_size: int, slots: int, kv_tokens: int) -> int:
+    def step_size(
+        self,
+        running: Seq[Sequence],
+        pool_size: int,
+        slots: int,
+        kv_tokens: int,
+        computed: float | int = 1,
+    ) -> int:
         """Tokens that prefill may fill a replica's step to.
 
         Args:
@@ -178,6 +185,8 @@ class Pace:
             pool_size: Replicas.
             slots: Most sequences that a replica runs at a time.
             kv_tokens: Tokens that a replica's cache holds.
+            computed: Share of the prompts' tokens that no other sequence has computed: they alone
+                take time, and room of their own.
         """
         if not self.waiting:
             return self._size
@@ -186,7 +195,7 @@ class Pace:
             used = self._produced / self._limits if self._ended >= _ENOUGH_FINISHED else 1.0
             work = Work(
                 waiting=self.waiting / pool_size,
-                prompt=self.prompt_tokens / self.waiting,
+                prompt=computed * self.prompt_tokens / self.waiting,
                 output=max(1.0, used * self.output_tokens / self.waiting),
                 progress=tuple(
                     min(1.0, len(sequence.output) / (used * sequence.max_tokens))

@@ -142,6 +142,7 @@ class PoolSimulator:
             admitted or ends, are taken in one go. The result is the same; without it every step is
             planned.
         spread: Whether prefill is spread over steps of the best size, as ``prefill: spread`` says.
+        shared_prefix: Tokens that all prompts begin with, and that the prefix cache then holds.
     """
 
     def __init__(
@@ -153,8 +154,10 @@ class PoolSimulator:
         *,
         skip: bool = True,
         spread: bool = True,
+        shared_prefix: int = 0,
     ):
-        self.setting, self.candidate, self.skip = setting, candidate, skip
+        self.setting, self.candidate = setting, candidate
+        self.skip = skip and not shared_prefix  # which lets the first of the queue in earlier
         self.lengths = lengths
         self.policy = policy_of(setting, candidate)
         self.result = Simulated(requests=len(lengths))
@@ -169,12 +172,16 @@ class PoolSimulator:
                 setting.page_size,
                 num_kv_pages,
                 step_costs(self.policy, buckets(candidate)) if spread else None,
+                prefix_caching=shared_prefix > 0,
             )
         )
         prompts: dict[int, list[int]] = {}
         params = SamplingParams(temperature=0, ignore_eos=True)
         for index, (prompt, output) in enumerate(lengths):
-            tokens = prompts.setdefault(prompt, [0] * prompt)
+            if shared_prefix:
+                tokens = [0] * min(prompt, shared_prefix) + [1 + index] * (prompt - shared_prefix)
+            else:
+                tokens = prompts.setdefault(prompt, [0] * prompt)
             self.scheduler.add(Sequence(index, str(index), 0, tokens, params, 0, output))
             self.result.prompt_tokens += prompt
             self.result.output_tokens += output
@@ -357,6 +364,7 @@ def simulate(
     *,
     skip: bool = True,
     spread: bool = True,
+    shared_prefix: int = 0,
 ) -> Simulated:
     """Replays a job on all pools of a node.
 
@@ -367,10 +375,12 @@ def simulate(
         job: Its requests; each pool gets an equal share, and the first the largest.
         skip: See ``PoolSimulator``.
         spread: See ``PoolSimulator``.
+        shared_prefix: See ``PoolSimulator``.
     """
     pools = candidate.pools
     share = job.share(pools) if isinstance(job, Job) else job[::pools]
-    result = PoolSimulator(setting, candidate, num_kv_pages, share, skip=skip, spread=spread).run()
+    options = {"skip": skip, "spread": spread, "shared_prefix": shared_prefix}
+    result = PoolSimulator(setting, candidate, num_kv_pages, share, **options).run()
     result.steady_output_tokens_per_second *= pools
     if isinstance(job, Job):
         result.requests *= pools

@@ -246,7 +246,10 @@ class Scheduler:
             return config.max_num_batched_tokens
         running = [sequence for replica in self.replicas for sequence in replica.running]
         kv_tokens = config.num_kv_pages * config.page_size
-        return self._pace.step_size(running, config.pool_size, config.max_num_seqs, kv_tokens)
+        computed = 1 - self.prefix_hit_rate
+        return self._pace.step_size(
+            running, config.pool_size, config.max_num_seqs, kv_tokens, computed
+        )
 
     def _plan_running(self, replica: Replica, size: int) -> Draft:
         """Go on with a replica's running sequences, oldest first, in a step of `size` tokens."""

@@ -29,6 +29,17 @@ def test_a_report_for_a_tiny_model(tmp_path):
     assert case["ratio_to_floor"] == pytest.approx(case["wall_s"] / case["floor_s"])
 
 
+def test_prompts_can_begin_alike(tmp_path):
+    out = tmp_path / "report.json"
+    command = [sys.executable, FOLDER / "bench_offline.py", "--config", "tiny.yaml", "--out", out]
+    command += ["--case", "4,8,4", "--shared-prefix", "6", "pool_size=1", "page_size=2"]
+    command += ["max_num_seqs=4", "max_num_batched_tokens=16", "max_model_len=32"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    case = json.loads(out.read_text())["cases"]["4,8,4"]
+    assert case["cached_tokens"] == 3 * 6
+    assert "floor_s" not in case
+
+
 def test_covered_is_the_length_of_the_union():
     rng = random.Random(0)
     for _ in range(50):

@@ -75,6 +75,17 @@ def test_long_decodes_are_planned_in_few_steps():
     )
 
 
+def test_what_prompts_share_is_computed_once():
+    where, ours = setting("qwen3_32b"), candidate(1, (REPLICATED,), 200, 512, resident_layers=64)
+    lengths = [(1000, 20)] * 200
+    whole, shared, none = (
+        simulate(where, ours, 4000, lengths, shared_prefix=tokens) for tokens in (0, 960, 10)
+    )
+    assert none.seconds == pytest.approx(whole.seconds, rel=1e-3)
+    computed = 960 + 200 * (40 + 20)
+    assert shared.seconds < 1.5 * whole.seconds * computed / (200 * 1020)
+
+
 def test_prefill_is_spread_as_configured():
     for spread in (True, False):
         simulator = PoolSimulator(setting(), candidate(), 200, [], spread=spread)
