@@ -14,11 +14,7 @@ product, both measured in the same run. Prints a compact table last.
 
 import argparse
 import dataclasses
-import datetime
 import faulthandler
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_kernels import ceilings, poison, relative_error, seconds_of
 from jax import lax
+from report import Report
 
 from sidp_jax.kernels.indexed_matmul import indexed_matmul
 from sidp_jax.kernels.indexed_matmul_mosaic import TuningConfig, choose, group_of
@@ -231,24 +228,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=220, help="start nothing after so many")
     args = parser.parse_args()
     started = time.monotonic()
-    device = jax.devices()[0]
-    report = {
-        "machine": device.device_kind,
-        "versions": {
-            "jax": jax.__version__,
-            "platform": " ".join(device.client.platform_version.split()),
-            "python": sys.version.split()[0],
-        },
-        "command": " ".join(["python", "experiments/bench_matmul.py", *sys.argv[1:]]),
-        "model": args.model.name,
-        "date": datetime.date.today().isoformat(),
-        "ceilings": ceilings(),
-        "matmul": [],
-        "failures": [],
-    }
-    smi = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
-    report["nvidia_smi"] = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
-    print(json.dumps(report["ceilings"]), report["nvidia_smi"], flush=True)
+    written = Report(
+        f"measured on one {jax.devices()[0].device_kind}",
+        args.out,
+        model=args.model.name,
+        ceilings=ceilings(),
+        matmul=[],
+        failures=[],
+    )
+    report = written.content
     shapes = ModelConfig.from_pretrained(args.model).layer_products()
     for name in args.only.split(",") if args.only else shapes:
         make = jax.jit(lambda key, s=shapes[name]: jax.random.normal(key, s, jnp.bfloat16))
@@ -261,9 +249,7 @@ def main() -> None:
             shape = (tokens, *shapes[name])
             configs = sweep_configs(*shape) if args.sweep else [choose(*shape)]
             bench(report, name, tokens, weights, dict.fromkeys(configs), args.forms.split(","))
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+            written.write()
     print(table(report))
 
 

@@ -278,7 +278,7 @@ def test_the_document_has_the_tables_of_the_results():
 def test_jobs_measured_on_one_gpu_are_predicted_within_a_tenth(report, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
     rows = {row["case"]: row["ratio"] for row in simulate_node.validate(report)}
-    # The sampler of that run chose its way on the device; it was replaced (docs/performance.md).
+    # Two of the reports have samplers that were replaced since (docs/performance.md).
     rows.pop("decode 256,0.95", None)
     assert rows
     assert all(abs(ratio - 1) < 0.1 for ratio in rows.values()), rows
