@@ -309,13 +309,12 @@ class Scheduler:
         """Start waiting sequences, in order of arrival, while there is room for the first one."""
         while self._waiting:
             sequence = self._waiting[0][1]
-            draft = self._choose_replica(drafts)
-            if draft is None or sequence.num_pending:
-                return  # a pending token's value is not on the device any more, nor yet here
-            shared = self._cached_pages(sequence, draft.replica.allocator)
-            needed = pages_for(sequence.num_tokens + 1, self.config.page_size) - len(shared)
-            if not draft.replica.allocator.can_allocate(needed, shared):
+            if sequence.num_pending:
+                return  # its value is not on the device any more, nor yet here
+            place = self._place_of(sequence, drafts)
+            if place is None:
                 return
+            draft, shared, needed = place
             heapq.heappop(self._waiting)
             self._pace.queue(sequence, -1)
             self._start(sequence, draft.replica, shared, needed)
@@ -325,13 +324,27 @@ class Scheduler:
             self._register(sequence)
             draft.budget -= length
 
-    def _choose_replica(self, drafts: list[Draft]) -> Draft | None:
-        """The replica with the most free pages among those that may admit a sequence."""
-        return max(
-            (d for d in drafts if d.budget > 0 and d.replica.free_slots and not d.preempted),
-            key=lambda d: d.replica.allocator.num_free,
-            default=None,
-        )
+    def _place_of(
+        self, sequence: Sequence, drafts: list[Draft]
+    ) -> tuple[Draft, list[int], int] | None:
+        """Where a waiting sequence can start now, with the pages that it shares and lacks there.
+
+        That is the replica with the fewest pages in use; those that the sequence lacks there count
+        twice, as they take room and time. So load is even, and prompts that begin alike meet where
+        their beginning is.
+        """
+        whole = pages_for(sequence.num_tokens + 1, self.config.page_size)
+        best, least = None, 0
+        for draft in drafts:
+            if draft.budget <= 0 or not draft.replica.free_slots or draft.preempted:
+                continue
+            allocator = draft.replica.allocator
+            shared = self._cached_pages(sequence, allocator)
+            needed = whole - len(shared)
+            cost = allocator.num_allocated + 2 * needed
+            if allocator.can_allocate(needed, shared) and (best is None or cost < least):
+                best, least = (draft, shared, needed), cost
+        return best
 
     def _cached_pages(self, sequence: Sequence, allocator: PageAllocator) -> list[int]:
         """Pages that hold the beginning of a waiting sequence's prompt; its last token is computed.

@@ -370,6 +370,42 @@ def test_a_preempted_sequence_can_end_in_the_queue():
     assert old.finish_reason is None
 
 
+def test_prompts_that_begin_alike_meet_where_their_beginning_is_unless_load_is_uneven():
+    scheduler = scheduler_of(pool_size=2, num_kv_pages=16, prefix_caching=True)
+    first, other = (make_sequence(i, 13, 2) for i in (0, 1))  # pages of 4; they begin differently
+    scheduler.add(first)
+    scheduler.add(other)
+    plan = scheduler.schedule()
+    assert [len(chunks) for chunks in plan.replicas] == [1, 1]
+    record_all(scheduler, plan)
+    for sequence in (first, other):
+        scheduler.finish(sequence, "stop")
+    again = [make_sequence(i, 13, 2) for i in (10, 13, 12, 18)]  # like other, and then like first
+    for sequence in again[:2]:
+        scheduler.add(sequence)
+    assert shapes(scheduler.schedule()) == [[], [(10, 12, 1, True), (13, 12, 1, True)]]
+    for sequence in again[2:]:
+        scheduler.add(sequence)
+    assert shapes(scheduler.schedule())[0] == [(12, 12, 1, True), (18, 12, 1, True)]
+    assert scheduler.num_cached_tokens == 4 * 12
+    crowd = [make_sequence(i, 13, 2) for i in range(22, 22 + 3 * 12, 3) if i % 4 != 3]
+    for (
+        sequence
+    ) in crowd:  # all like other: its replica fills, until to compute it again is worth it
+        scheduler.add(sequence)
+    scheduler.schedule()
+    assert {sequence.replica for sequence in crowd if sequence.slot is not None} == {0, 1}
+    scheduler.check_integrity()
+
+
+def test_the_last_token_of_a_prompt_is_always_computed():
+    scheduler = scheduler_of(prefix_caching=True)
+    for seq_id in (0, 6):
+        scheduler.add(make_sequence(seq_id, 8, 4))
+    plan = scheduler.schedule()
+    assert shapes(plan) == [[(0, 0, 8, True), (6, 4, 4, True)]], "the second of two whole pages"
+
+
 def test_abort_drops_all_samples_of_a_request():
     scheduler = scheduler_of(max_num_seqs=1)
     sequences = add(scheduler, (3, 3), (3, 3), (3, 3))
