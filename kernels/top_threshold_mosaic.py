@@ -1,8 +1,8 @@
 """The thresholds of top-k and top-p for Hopper, in Pallas' Mosaic GPU dialect.
 
-One thread block for each row: it streams the row through a ring in shared memory, once for each
-digit, as often as the row's options ask for. A row without top-k and top-p is not read at all. Two
-blocks share a multiprocessor.
+One thread block for each row: it streams the row through a ring in shared memory, and each pass
+finds two bits of a threshold. A row without top-k and top-p is not read at all. Two blocks share a
+multiprocessor.
 """
 
 from typing import Any
@@ -61,7 +61,14 @@ def top_threshold_mosaic(
             plgpu.copy_gmem_to_smem(source, ring.at[slot], loaded.at[slot])
 
         def sweep(number, passes, sums_of, count):
-            """What `sums_of` makes of a tile, added up over the row; `passes` are sure to come."""
+            """What `sums_of` makes of a tile, added up over the row.
+
+            Args:
+                number: this pass, counted from the row's first.
+                passes: how many are sure to come in all: the ring is filled for them.
+                sums_of: makes of a tile as many tiles as there are sums.
+                count: how many those are.
+            """
 
             def chunk(i, totals):
                 n = number * chunks + i
@@ -106,17 +113,17 @@ def top_threshold_mosaic(
             return [(x >= pivot).astype(jnp.int32) for pivot in (0, *pivots)]
 
         k_passes = jnp.where(k > 0, _passes(jnp.int32(0)), 0)
-        by_p = jnp.where(p < 1, 2, 0)  # passes at least
-        first = (k_passes + by_p) * chunks
+        sure_p_passes = jnp.where(p < 1, 2, 0)
+        first = (k_passes + sure_p_passes) * chunks
         for n in range(stages):
             pl.when(n < first)(lambda n=n: load(jnp.int32(n)))
-        by_k = search(jnp.int32(0), 0, k_passes, by_p, counts, lambda count, _: count >= k)
+        by_k = search(jnp.int32(0), 0, k_passes, sure_p_passes, counts, lambda count, _: count >= k)
         floor_bits = jnp.maximum(lax.bitcast_convert_type(floor, jnp.int32), by_k)
 
         def kept(x):
             return lax.bitcast_convert_type(jnp.where(x >= floor_bits, x, 0), jnp.float32)
 
-        def search_p(_, found):
+        def search_p(*_):
             (total,) = sweep(k_passes, k_passes + 2, lambda x: [rounded_up(kept(x), rough)], 1)
             exponent = fine_exponent(rough, total)
 
@@ -130,6 +137,7 @@ def top_threshold_mosaic(
             low = _least(p, total, rough, exponent, groups * lanes)
             return search(low, k_passes + 1, _passes(low), 0, masses, enough)
 
+        # A loop of one round, or of none, is the branch that the compiler takes values from.
         by_p = lax.fori_loop(0, jnp.where(p < 1, 1, 0), search_p, jnp.int32(0))
         out_smem[...] = jnp.full((LANES,), jnp.minimum(jnp.maximum(by_p, floor_bits), ONE))
         plgpu.commit_smem()
