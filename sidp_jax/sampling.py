@@ -340,7 +340,8 @@ def update_state(
 
     A token at a position inside the prompt is a prompt token, any other an output token. A row that
     starts at position 0 clears its slot first, so a slot's new sequence, and one that is computed
-    again after preemption, need nothing else.
+    again after preemption, need nothing else. (One that starts behind a cached prefix finds what
+    was there before; the scheduler lets only such sequences do that as have no penalties.)
 
     Args:
         state: The state after the step before; donate it to update it in place.
