@@ -15,14 +15,20 @@ and vLLM (paged cache, preemption of the newest).
 import heapq
 from array import array
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
 from sidp_jax.pace import Pace, StepCosts
 from sidp_jax.pages import PageAllocator, page_keys, pages_for
 from sidp_jax.request import RequestError, Sequence
+
+_LATER = object()  # a sequence is better off in the queue for now
+# Sequences that wait for others' prompts, past which the queue is looked at in one step.
+_MOST_HELD = 32
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,11 @@ class Replica:
     allocator: PageAllocator
     free_slots: list[int]
     running: list[Sequence] = field(default_factory=list)  # oldest first
+    coming: Counter[bytes] = field(default_factory=Counter)  # keys of their prompts' pages
+
+    def num_coming(self, keys: tuple[bytes, ...]) -> int:
+        """How many of these pages, from the first on, some running sequence computes."""
+        return next((i for i, key in enumerate(keys) if key not in self.coming), len(keys))
 
 
 @dataclass
@@ -307,15 +318,19 @@ class Scheduler:
 
     def _admit(self, drafts: list[Draft]) -> None:
         """Start waiting sequences, in order of arrival, while there is room for the first one."""
-        while self._waiting:
+        held: list[tuple[int, Sequence]] = []
+        while self._waiting and len(held) < _MOST_HELD:
             sequence = self._waiting[0][1]
             if sequence.num_pending:
-                return  # its value is not on the device any more, nor yet here
+                break  # its value is not on the device any more, nor yet here
             place = self._place_of(sequence, drafts)
             if place is None:
-                return
+                break
+            entry = heapq.heappop(self._waiting)
+            if place is _LATER:
+                held.append(entry)
+                continue
             draft, shared, needed = place
-            heapq.heappop(self._waiting)
             self._pace.queue(sequence, -1)
             self._start(sequence, draft.replica, shared, needed)
             remaining = sequence.num_remaining
@@ -323,40 +338,51 @@ class Scheduler:
             draft.append(sequence, length, remaining)
             self._register(sequence)
             draft.budget -= length
+        for entry in held:
+            heapq.heappush(self._waiting, entry)
 
     def _place_of(
         self, sequence: Sequence, drafts: list[Draft]
-    ) -> tuple[Draft, list[int], int] | None:
+    ) -> tuple[Draft, list[int], int] | object | None:
         """Where a waiting sequence can start now, with the pages that it shares and lacks there.
 
         That is the replica with the fewest pages in use; those that the sequence lacks there count
         twice, as they take room and time. So load is even, and prompts that begin alike meet where
-        their beginning is.
+        their beginning is. While most of a sequence is being computed somewhere for another one,
+        it waits for that (`_LATER`), and those behind it go first.
         """
         whole = pages_for(sequence.num_tokens + 1, self.config.page_size)
-        best, least = None, 0
+        keys = self._shareable_keys(sequence)
+        best, least, waits = None, inf, []
         for draft in drafts:
-            if draft.budget <= 0 or not draft.replica.free_slots or draft.preempted:
+            replica = draft.replica
+            if not replica.free_slots or draft.preempted:
                 continue
-            allocator = draft.replica.allocator
-            shared = self._cached_pages(sequence, allocator)
+            shared = replica.allocator.match(keys)
+            if draft.budget <= 0:
+                coming = len(shared) + replica.num_coming(keys[len(shared) :])
+                waits.append((replica.allocator.num_allocated + 2 * (whole - coming), coming))
+                continue
             needed = whole - len(shared)
-            cost = allocator.num_allocated + 2 * needed
-            if allocator.can_allocate(needed, shared) and (best is None or cost < least):
+            cost = replica.allocator.num_allocated + 2 * needed
+            if cost < least and replica.allocator.can_allocate(needed, shared):
                 best, least = (draft, shared, needed), cost
+        found = 0 if best is None else len(best[1])
+        if any(cost < least and coming - found > whole / 2 for cost, coming in waits):
+            return _LATER
         return best
 
-    def _cached_pages(self, sequence: Sequence, allocator: PageAllocator) -> list[int]:
-        """Pages that hold the beginning of a waiting sequence's prompt; its last token is computed.
+    def _shareable_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
+        """Keys of the pages that a waiting sequence may share; its last token is computed anew.
 
         What counts tokens has to see them all.
         """
         page_size = self.config.page_size
         if not self.config.prefix_caching or sequence.params.counts_tokens:
-            return []
+            return ()
         if sequence.page_keys is None:
             sequence.page_keys = tuple(page_keys(sequence.prompt, page_size))
-        return allocator.match(sequence.page_keys[: (sequence.num_tokens - 1) // page_size])
+        return sequence.page_keys[: (sequence.num_tokens - 1) // page_size]
 
     def _register(self, sequence: Sequence) -> None:
         """Let others find the pages of the prompt that are computed with the steps planned."""
@@ -383,6 +409,7 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
         self.num_cached_tokens += sequence.num_computed
         self._num_started_tokens += sequence.num_tokens
+        replica.coming.update(sequence.page_keys or ())
         insort(replica.running, sequence, key=attrgetter("seq_id"))
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -405,6 +432,10 @@ class Scheduler:
         replica.free_slots.append(sequence.slot)
         replica.allocator.free(sequence.pages)
         sequence.pages = array("i")
+        for key in sequence.page_keys or ():
+            replica.coming[key] -= 1
+            if not replica.coming[key]:
+                del replica.coming[key]
         sequence.replica = sequence.slot = None
         sequence.num_computed = sequence.num_registered = 0
 
@@ -443,6 +474,8 @@ class Scheduler:
             slots = [sequence.slot for sequence in replica.running] + replica.free_slots
             assert sorted(slots) == list(range(self.config.max_num_seqs)), f"slots: {slots}"
             assert all(sequence.replica == replica.index for sequence in replica.running)
+            keys = Counter(key for s in replica.running for key in s.page_keys or ())
+            assert replica.coming == keys, "keys of sequences that do not run"
             order = [sequence.seq_id for sequence in replica.running]
             assert order == sorted(order), f"not oldest first: {order}"
         seq_ids = [sequence.seq_id for sequence in self._unfinished()]

@@ -398,6 +398,29 @@ def test_prompts_that_begin_alike_meet_where_their_beginning_is_unless_load_is_u
     scheduler.check_integrity()
 
 
+def test_a_prompt_that_is_being_computed_is_waited_for_and_others_go_first():
+    scheduler = scheduler_of(
+        pool_size=2, max_num_batched_tokens=8, num_kv_pages=16, prefix_caching=True
+    )
+    long = [make_sequence(i, 24, 2) for i in (0, 6, 12)]  # alike, three steps of one replica
+    others = [make_sequence(i, 5, 2) for i in (13, 16)]
+    for sequence in (*long, *others):
+        scheduler.add(sequence)
+    first = scheduler.schedule()
+    assert shapes(first) == [[(0, 0, 8, False)], [(16, 4, 1, True), (13, 0, 5, True)]]
+    record_all(scheduler, first)
+    for sequence in others:
+        scheduler.finish(sequence, "stop")
+    assert [shapes(scheduler.schedule())[0] for _ in range(2)] == [
+        [(0, 8, 8, False)],
+        [(0, 16, 8, True)],
+    ]
+    assert scheduler.num_waiting == 2
+    scheduler.check_integrity()
+    plan = scheduler.schedule()
+    assert {c.sequence.seq_id: c.start for r in plan.replicas for c in r} == {0: 24, 6: 20, 12: 20}
+
+
 def test_the_last_token_of_a_prompt_is_always_computed():
     scheduler = scheduler_of(prefix_caching=True)
     for seq_id in (0, 6):
