@@ -10,7 +10,7 @@ each case are traced, for the share of time that the GPU waits, between programs
 and for that of the sampler; ``--decode N`` (repeatable) does the same for steps of N sequences that
 all decode, ``--decode N,TOP_P`` where they sample; give ``prefill=first`` and as many
 ``max_num_seqs`` with it. The clock stands still while a trace is written. With ``--shared-prefix
-N`` all prompts of a case begin alike; give ``enable_prefix_caching=true`` with it.
+TOKENS[,REQUESTS]`` so many requests, or all, begin alike; give ``enable_prefix_caching=true`` too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from report import Report
 
 from sidp_jax.config import load_config
 from sidp_jax.engine import Engine
+from sidp_jax.replay import SharedPrefix
 from sidp_jax.request import SamplingParams
 from sidp_jax.startup import resolve_platform, start_jax
 
@@ -179,7 +180,7 @@ def run_case(
     seed: int,
     trace: Trace | None = None,
     top_p: float | None = None,
-    shared_prefix: int = 0,
+    shared_prefix: SharedPrefix | None = None,
 ) -> dict[str, float]:
     """Runs one job to its end.
 
@@ -189,15 +190,19 @@ def run_case(
         seed: Seed of the prompts' token ids.
         trace: Steps to trace.
         top_p: Sample at temperature 1 with this top-p; greedy if not given.
-        shared_prefix: Tokens that all prompts begin with.
+        shared_prefix: What prompts begin with alike.
     """
     sampling = {"temperature": 0} if top_p is None else {"temperature": 1, "top_p": top_p}
     rng = np.random.default_rng(seed)
     vocab = engine.model_config.vocab_size
-    common = rng.integers(0, vocab, shared_prefix).tolist()
-    prompts = [
-        common[:i] + rng.integers(0, vocab, max(i - shared_prefix, 0)).tolist() for i, _ in lengths
-    ]
+    prompts = [rng.integers(0, vocab, i).tolist() for i, _ in lengths]
+    if shared_prefix is not None:
+        first = 0
+        for index, prompt in enumerate(prompts):
+            if shared_prefix.group(index) != shared_prefix.group(first):
+                first = index
+            alike = min(shared_prefix.tokens, len(prompt), len(prompts[first]))
+            prompt[:alike] = prompts[first][:alike]
     cached = engine.scheduler.num_cached_tokens
     compilations, before = engine.compilations, engine.stats.steps.copy()
     switches = len(engine.stats.switches)
@@ -240,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--case", action="append", default=[], metavar="N,IN,OUT")
     parser.add_argument("--decode", action="append", default=[], metavar="N[,TOP_P]")
-    parser.add_argument("--shared-prefix", type=int, default=0, metavar="TOKENS")
+    parser.add_argument("--shared-prefix", type=SharedPrefix.parse, metavar="TOKENS[,REQUESTS]")
     parser.add_argument("--trace", type=Path, help="folder for traces of a GPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -289,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = run_case(engine, lengths, seed, trace, top_p, arguments.shared_prefix)
         if trace is not None:
             figures |= trace.figures()
-        if not arguments.shared_prefix:  # it counts every prompt in full
+        if arguments.shared_prefix is None:  # it counts every prompt in full
             floor = floor_seconds(engine, lengths, ceilings)
             figures |= {"floor_s": floor, "ratio_to_floor": figures["wall_s"] / floor}
         figures["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")

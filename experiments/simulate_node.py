@@ -50,7 +50,7 @@ from sidp_jax.plan_search import (
     pooled_options,
     tensor_sizes,
 )
-from sidp_jax.replay import Job, Lengths, Simulated, simulate
+from sidp_jax.replay import Job, Lengths, SharedPrefix, Simulated, simulate
 from sidp_jax.settle import DTYPE_BYTES, longest_sequence, make_policy
 
 GPUS, PAGE_SIZE, UTILIZATION = 8, 64, 0.92
@@ -350,7 +350,7 @@ def validate(path: Path) -> list[dict[str, Any]]:
     )
     pages = report["kv_tokens"] // config.pool_size // config.page_size
     spread = config.prefill == "spread"
-    shared = _shared_prefix_of(report["command"]) if config.enable_prefix_caching else 0
+    shared = _shared_prefix_of(report["command"]) if config.enable_prefix_caching else None
     rows = []
     for name, measured in report["cases"].items():
         job = _measured_job(name)
@@ -389,10 +389,10 @@ def _config_of(command: str) -> EngineConfig:
     return load_config(known.config, overrides)
 
 
-def _shared_prefix_of(command: str) -> int:
-    """Tokens that all prompts of a command of ``bench_offline.py`` begin with."""
+def _shared_prefix_of(command: str) -> SharedPrefix | None:
+    """What prompts of a command of ``bench_offline.py`` begin with alike."""
     parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--shared-prefix", type=int, default=0)
+    parser.add_argument("--shared-prefix", type=SharedPrefix.parse)
     return parser.parse_known_args(shlex.split(command))[0].shared_prefix
 
 

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -130,6 +131,34 @@ class Simulated:
         return self.output_tokens / self.seconds
 
 
+class SharedPrefix(NamedTuple):
+    """What prompts begin with alike, for the prefix cache to find.
+
+    Attributes:
+        tokens: How many tokens.
+        requests: How many requests, one after the other, share one beginning; None is all.
+    """
+
+    tokens: int
+    requests: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> SharedPrefix:
+        """From ``TOKENS`` or ``TOKENS,REQUESTS``.
+
+        Raises:
+            ValueError: It is neither, or a number is below 1.
+        """
+        numbers = [int(part) for part in text.split(",")]
+        if not 1 <= len(numbers) <= 2 or min(numbers) < 1:
+            raise ValueError(f"{text!r} must be TOKENS or TOKENS,REQUESTS, both at least 1")
+        return cls(*numbers)
+
+    def group(self, index: int) -> int:
+        """Which of the beginnings the prompt of request ``index`` has."""
+        return 0 if self.requests is None else index // self.requests
+
+
 class PoolSimulator:
     """Replays one pool's share of a job.
 
@@ -142,7 +171,7 @@ class PoolSimulator:
             admitted or ends, are taken in one go. The result is the same; without it every step is
             planned.
         spread: Whether prefill is spread over steps of the best size, as ``prefill: spread`` says.
-        shared_prefix: Tokens that all prompts begin with, and that the prefix cache then holds.
+        shared_prefix: What prompts begin with alike; without it there is no prefix cache.
     """
 
     def __init__(
@@ -154,10 +183,11 @@ class PoolSimulator:
         *,
         skip: bool = True,
         spread: bool = True,
-        shared_prefix: int = 0,
+        shared_prefix: SharedPrefix | None = None,
     ):
         self.setting, self.candidate = setting, candidate
-        self.skip = skip and not shared_prefix  # which lets the first of the queue in earlier
+        # With shared pages the first of the queue may get in while nobody ends.
+        self.skip = skip and shared_prefix is None
         self.lengths = lengths
         self.policy = policy_of(setting, candidate)
         self.result = Simulated(requests=len(lengths))
@@ -172,14 +202,15 @@ class PoolSimulator:
                 setting.page_size,
                 num_kv_pages,
                 step_costs(self.policy, buckets(candidate)) if spread else None,
-                prefix_caching=shared_prefix > 0,
+                prefix_caching=shared_prefix is not None,
             )
         )
         prompts: dict[int, list[int]] = {}
         params = SamplingParams(temperature=0, ignore_eos=True)
         for index, (prompt, output) in enumerate(lengths):
-            if shared_prefix:
-                tokens = [0] * min(prompt, shared_prefix) + [1 + index] * (prompt - shared_prefix)
+            if shared_prefix is not None:
+                alike = min(prompt, shared_prefix.tokens)
+                tokens = [-1 - shared_prefix.group(index)] * alike + [index] * (prompt - alike)
             else:
                 tokens = prompts.setdefault(prompt, [0] * prompt)
             self.scheduler.add(Sequence(index, str(index), 0, tokens, params, 0, output))
@@ -364,7 +395,7 @@ def simulate(
     *,
     skip: bool = True,
     spread: bool = True,
-    shared_prefix: int = 0,
+    shared_prefix: SharedPrefix | None = None,
 ) -> Simulated:
     """Replays a job on all pools of a node.
 

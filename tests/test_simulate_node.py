@@ -13,7 +13,7 @@ from sidp_jax.hardware import as_values, load_profile
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS, CAS_STAGGERED, REPLICATED, WAS
 from sidp_jax.plan_replay import choose, replay_close
-from sidp_jax.replay import Job, PoolSimulator, simulate
+from sidp_jax.replay import Job, PoolSimulator, SharedPrefix, simulate
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.append(str(EXPERIMENTS))
@@ -79,11 +79,22 @@ def test_what_prompts_share_is_computed_once():
     where, ours = setting("qwen3_32b"), candidate(1, (REPLICATED,), 200, 512, resident_layers=64)
     lengths = [(1000, 20)] * 200
     whole, shared, none = (
-        simulate(where, ours, 4000, lengths, shared_prefix=tokens) for tokens in (0, 960, 10)
+        simulate(where, ours, 4000, lengths, shared_prefix=alike)
+        for alike in (None, SharedPrefix(960), SharedPrefix(10))
     )
     assert none.seconds == pytest.approx(whole.seconds, rel=1e-3)
     computed = 960 + 200 * (40 + 20)
     assert shared.seconds < 1.5 * whole.seconds * computed / (200 * 1020)
+
+
+def test_replicas_compute_a_beginning_once_between_them():
+    where = setting("qwen3_32b", longest=9000)
+    ours = candidate(4, (REPLICATED,), 64, 512, resident_layers=64)
+    lengths, documents = [(4096, 8)] * 80, SharedPrefix(4032, 20)
+    simulator = PoolSimulator(where, ours, 4000, lengths, shared_prefix=documents)
+    simulator.run()
+    computed = sum(map(sum, lengths)) - simulator.scheduler.num_cached_tokens
+    assert computed < 1.2 * (4 * 4032 + 80 * (64 + 8)), "little more than each document once"
 
 
 def test_prefill_is_spread_as_configured():
