@@ -6,8 +6,9 @@ needed: of such pages the one that has been idle for longest goes first.
 (Sharing of prefixes by hashed blocks: vLLM's automatic prefix caching.)
 """
 
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -25,6 +26,15 @@ def page_keys(tokens: Sequence[int], page_size: int) -> Iterator[bytes]:
     for start in range(0, len(values) - page_size + 1, page_size):
         key = blake2b(values[start : start + page_size].tobytes(), digest_size=16, key=key).digest()
         yield key
+
+
+def leading(keys: Sequence[bytes], known: Callable[[bytes], bool]) -> int:
+    """How many keys, from the first on, are known, found by bisection.
+
+    Where one is known those before it nearly always are, too: owners of a page own those before it.
+    An exception, of which there are some where the same was computed twice, makes the number wrong.
+    """
+    return bisect_left(range(len(keys)), True, key=lambda place: not known(keys[place]))
 
 
 class PageAllocator:
@@ -115,6 +125,14 @@ class PageAllocator:
                 break
             pages.append(page)
         return pages
+
+    def knows(self, key: bytes) -> bool:
+        """Whether a page is registered under a key."""
+        return key in self._pages
+
+    def about(self, keys: Sequence[bytes]) -> int:
+        """About how many pages `match` finds, in few steps."""
+        return leading(keys, self.knows)
 
     def share(self, pages: Collection[int]) -> None:
         """Become one more owner of registered pages."""

@@ -23,12 +23,12 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from sidp_jax.pace import Pace, StepCosts
-from sidp_jax.pages import PageAllocator, page_keys, pages_for
+from sidp_jax.pages import PageAllocator, leading, page_keys, pages_for
 from sidp_jax.request import RequestError, Sequence
 
 _LATER = object()  # a sequence is better off in the queue for now
 # Sequences that wait for others' prompts, past which the queue is looked at in one step.
-_MOST_HELD = 32
+_MOST_HELD = 128
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Replica:
     running: list[Sequence] = field(default_factory=list)  # oldest first
     coming: Counter[bytes] = field(default_factory=Counter)  # keys of their prompts' pages
 
-    def num_coming(self, keys: tuple[bytes, ...]) -> int:
-        """How many of these pages, from the first on, some running sequence computes."""
-        return next((i for i, key in enumerate(keys) if key not in self.coming), len(keys))
+    def about_to_come(self, keys: tuple[bytes, ...]) -> int:
+        """`PageAllocator.about`, once those that run now have computed their prompts."""
+        return leading(keys, lambda key: key in self.coming or self.allocator.knows(key))
 
 
 @dataclass
@@ -353,24 +353,28 @@ class Scheduler:
         """
         whole = pages_for(sequence.num_tokens + 1, self.config.page_size)
         keys = self._shareable_keys(sequence)
-        best, least, waits = None, inf, []
-        for draft in drafts:
+        options, later = [], []
+        for place, draft in enumerate(drafts):
             replica = draft.replica
             if not replica.free_slots or draft.preempted:
                 continue
-            shared = replica.allocator.match(keys)
-            if draft.budget <= 0:
-                coming = len(shared) + replica.num_coming(keys[len(shared) :])
-                waits.append((replica.allocator.num_allocated + 2 * (whole - coming), coming))
-                continue
-            needed = whole - len(shared)
-            cost = replica.allocator.num_allocated + 2 * needed
-            if cost < least and replica.allocator.can_allocate(needed, shared):
-                best, least = (draft, shared, needed), cost
-        found = 0 if best is None else len(best[1])
-        if any(cost < least and coming - found > whole / 2 for cost, coming in waits):
+            in_use = replica.allocator.num_allocated
+            if draft.budget > 0:
+                found = replica.allocator.about(keys)
+                options.append((in_use + 2 * (whole - found), place, found))
+            else:
+                coming = replica.about_to_come(keys)
+                later.append((in_use + 2 * (whole - coming), coming))
+        options.sort()
+        least, _, found = options[0] if options else (inf, 0, 0)
+        if any(cost < least and coming - found > whole / 2 for cost, coming in later):
             return _LATER
-        return best
+        for _, place, _ in options:
+            allocator = drafts[place].replica.allocator
+            shared = allocator.match(keys)
+            if allocator.can_allocate(whole - len(shared), shared):
+                return drafts[place], shared, whole - len(shared)
+        return None
 
     def _shareable_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
         """Keys of the pages that a waiting sequence may share; its last token is computed anew.
