@@ -317,7 +317,10 @@ class Scheduler:
         return True
 
     def _admit(self, drafts: list[Draft]) -> None:
-        """Start waiting sequences, in order of arrival, while there is room for the first one."""
+        """Start waiting sequences, in order of arrival, while there is room for the first one.
+
+        Those that are better off later are passed over, and stay first in the queue.
+        """
         held: list[tuple[int, Sequence]] = []
         while self._waiting and len(held) < _MOST_HELD:
             sequence = self._waiting[0][1]
