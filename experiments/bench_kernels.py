@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -215,10 +216,21 @@ def attention_program(batch: Batch, attend):
     return program, args
 
 
-def time_attention(batch: Batch, attend) -> float:
-    """Seconds of one call."""
-    program, args = attention_program(batch, attend)
-    return seconds_of(program, *args, inner=4) / CALLS
+def compile_side_by_side(work: Sequence[tuple[Batch, TuningConfig | None]]) -> list[tuple]:
+    """The programs of batches and configs, with their arguments.
+
+    All before the first timing, which other threads would disturb.
+    """
+
+    def compiled(each):
+        program, args = attention_program(each[0], mosaic(*each))
+        return program.lower(*args).compile(), args
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(8) as pool:
+        programs = list(pool.map(compiled, work))
+    print(f"{len(work)} programs compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    return programs
 
 
 def mosaic(batch: Batch, config: TuningConfig | None = None):
@@ -281,19 +293,18 @@ def check_corners(report: dict) -> None:
 
 def bench_attention(report: dict, only: tuple[str, ...]) -> None:
     """Check and time the table's shapes."""
-    cache = None
-    for case in cases():
-        if only and not any(case.name.startswith(word) for word in only):
-            continue
-        if cache is None:
-            cache = make_cache(cases()[3], 3, tokens=1_200_000)
-        batch = Batch(case, cache, seed=5)
+    wanted = [
+        case for case in cases() if not only or any(case.name.startswith(word) for word in only)
+    ]
+    if not wanted:
+        return
+    cache = make_cache(cases()[3], 3, tokens=1_200_000)
+    batches = [Batch(case, cache, seed=5) for case in wanted]
+    programs = compile_side_by_side([(batch, None) for batch in batches])
+    for case, batch, (program, args) in zip(wanted, batches, programs, strict=True):
         poison()
-        out = jax.jit(mosaic(batch))(batch.q[1], *batch.args(1))
-        error = batch.sample_error(out, 1)
-        del out
-        seconds = time_attention(batch, mosaic(batch))
-        add_row(report, case, "mosaic", seconds, error)
+        error = batch.sample_error(program(*args)[1], 1)
+        add_row(report, case, "mosaic", seconds_of(program, *args, inner=4) / CALLS, error)
         if case.name.startswith("prefill"):
             seconds, error = cudnn_prefill(batch)
             add_row(report, case, "cuDNN, not paged", seconds, error)
@@ -317,17 +328,8 @@ def sweep_prefill(written: Report) -> None:
     batches = [Batch(case, cache, seed=5) for case in shapes]
     variants = prefill_variants()
 
-    def compiled(work):
-        config, batch = work
-        program, args = attention_program(batch, mosaic(batch, config))
-        return program.lower(*args).compile(), args
-
-    # All of it before the first timing, which other threads would disturb.
-    work = [(config, batch) for config in variants.values() for batch in batches]
-    start = time.perf_counter()
-    with ThreadPoolExecutor(8) as pool:
-        programs = iter(list(pool.map(compiled, work)))
-    print(f"{len(work)} programs compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    work = [(batch, config) for config in variants.values() for batch in batches]
+    programs = iter(compile_side_by_side(work))
     for variant in variants:
         row = {"variant": variant}
         for case, batch in zip(shapes, batches, strict=True):
