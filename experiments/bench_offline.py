@@ -245,12 +245,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--case", action="append", default=[], metavar="N,IN,OUT")
     parser.add_argument("--decode", action="append", default=[], metavar="N[,TOP_P]")
-    parser.add_argument("--shared-prefix", type=SharedPrefix.parse, metavar="TOKENS[,REQUESTS]")
+    parser.add_argument("--shared-prefix", metavar="TOKENS[,REQUESTS]")
     parser.add_argument("--trace", type=Path, help="folder for traces of a GPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)
     cases = {text: parse_case(text) for text in arguments.case}
+    # Here rather than in the parser, which would leave out what a bad one must be.
+    shared = arguments.shared_prefix and SharedPrefix.parse(arguments.shared_prefix)
     decode = [(16, 4 * _DECODE_STEPS)]
     cases |= {f"decode {text}": decode * int(text.split(",")[0]) for text in arguments.decode}
     if not cases:
@@ -291,10 +293,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.trace is not None:
             folder = arguments.trace / name.replace(",", "-").replace(" ", "-").lstrip("@")
             trace = Trace(folder, max(output for _, output in lengths) // 2)
-        figures = run_case(engine, lengths, seed, trace, top_p, arguments.shared_prefix)
+        figures = run_case(engine, lengths, seed, trace, top_p, shared)
         if trace is not None:
             figures |= trace.figures()
-        if arguments.shared_prefix is None:  # it counts every prompt in full
+        if shared is None:  # it counts every prompt in full
             floor = floor_seconds(engine, lengths, ceilings)
             figures |= {"floor_s": floor, "ratio_to_floor": figures["wall_s"] / floor}
         figures["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")

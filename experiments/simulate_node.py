@@ -326,7 +326,7 @@ def validate(path: Path) -> list[dict[str, Any]]:
         ValueError: The report names no configuration, or a model that cannot be read.
     """
     report = json.loads(path.read_text())
-    config = _config_of(report["command"])
+    config, shared = _run_of(report["command"])
     hardware = load_profile(config.hardware if config.hardware != "auto" else _profile_of(report))
     model = ModelConfig.from_pretrained(config.model_path)
     setting = Setting(
@@ -350,7 +350,6 @@ def validate(path: Path) -> list[dict[str, Any]]:
     )
     pages = report["kv_tokens"] // config.pool_size // config.page_size
     spread = config.prefill == "spread"
-    shared = _shared_prefix_of(report["command"]) if config.enable_prefix_caching else None
     rows = []
     for name, measured in report["cases"].items():
         job = _measured_job(name)
@@ -375,10 +374,11 @@ def _measured_job(name: str) -> Lengths:
     return parse_job(name)
 
 
-def _config_of(command: str) -> EngineConfig:
-    """The configuration that a command of ``bench_offline.py`` ran with."""
+def _run_of(command: str) -> tuple[EngineConfig, SharedPrefix | None]:
+    """What a command of ``bench_offline.py`` ran with, and what the prefix cache could find."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", required=True)
+    parser.add_argument("--shared-prefix", type=SharedPrefix.parse)
     parser.add_argument("overrides", nargs="*")
     words = shlex.split(command)
     start = next((i for i, word in enumerate(words) if word.endswith("bench_offline.py")), None)
@@ -386,14 +386,8 @@ def _config_of(command: str) -> EngineConfig:
         raise ValueError(f"command={command!r} is not one of bench_offline.py")
     known, rest = parser.parse_known_args(words[start + 1 :])
     overrides = [word for word in (*known.overrides, *rest) if "=" in word and word[0] != "-"]
-    return load_config(known.config, overrides)
-
-
-def _shared_prefix_of(command: str) -> SharedPrefix | None:
-    """What prompts of a command of ``bench_offline.py`` begin with alike."""
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--shared-prefix", type=SharedPrefix.parse)
-    return parser.parse_known_args(shlex.split(command))[0].shared_prefix
+    config = load_config(known.config, overrides)
+    return config, known.shared_prefix if config.enable_prefix_caching else None
 
 
 def _profile_of(report: dict[str, Any]) -> str:

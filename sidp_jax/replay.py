@@ -149,10 +149,12 @@ class SharedPrefix(NamedTuple):
         Raises:
             ValueError: It is neither, or a number is below 1.
         """
-        numbers = [int(part) for part in text.split(",")]
-        if not 1 <= len(numbers) <= 2 or min(numbers) < 1:
-            raise ValueError(f"{text!r} must be TOKENS or TOKENS,REQUESTS, both at least 1")
-        return cls(*numbers)
+        parts = text.split(",")
+        if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+            raise ValueError(
+                f"shared prefix {text!r} must be TOKENS or TOKENS,REQUESTS, both at least 1"
+            )
+        return cls(*map(int, parts))
 
     def group(self, index: int) -> int:
         """Which of the beginnings the prompt of request ``index`` has."""

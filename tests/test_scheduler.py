@@ -389,9 +389,8 @@ def test_prompts_that_begin_alike_meet_where_their_beginning_is_unless_load_is_u
     assert shapes(scheduler.schedule())[0] == [(12, 12, 1, True), (18, 12, 1, True)]
     assert scheduler.num_cached_tokens == 4 * 12
     crowd = [make_sequence(i, 13, 2) for i in range(22, 22 + 3 * 12, 3) if i % 4 != 3]
-    for (
-        sequence
-    ) in crowd:  # all like other: its replica fills, until to compute it again is worth it
+    # All like other: its replica fills, until to compute it again is worth it.
+    for sequence in crowd:
         scheduler.add(sequence)
     scheduler.schedule()
     assert {sequence.replica for sequence in crowd if sequence.slot is not None} == {0, 1}

@@ -75,6 +75,14 @@ def test_long_decodes_are_planned_in_few_steps():
     )
 
 
+def test_what_prompts_share_is_stated_in_tokens_and_requests():
+    assert SharedPrefix.parse("960") == SharedPrefix(960)
+    assert SharedPrefix.parse("960,20") == SharedPrefix(960, 20)
+    for text in ("", "x", "0", "960,0", "-1", "1,2,3"):
+        with pytest.raises(ValueError, match=f"{text!r} must be TOKENS or TOKENS,REQUESTS"):
+            SharedPrefix.parse(text)
+
+
 def test_what_prompts_share_is_computed_once():
     where, ours = setting("qwen3_32b"), candidate(1, (REPLICATED,), 200, 512, resident_layers=64)
     lengths = [(1000, 20)] * 200
@@ -317,6 +325,12 @@ def test_validation_replays_the_measured_command(tmp_path):
     assert first["simulated_steps"] == 16
     assert second["ratio"] == pytest.approx(second["simulated_s"] / 2)
     assert second["simulated_steps"] == 80
+    alike = report["command"].replace(" --out", " --shared-prefix 64 --out")
+    path.write_text(json.dumps(report | {"command": alike}))
+    job = simulate(where, ours, 100, [(64, 16)] * 8, shared_prefix=SharedPrefix(64))
+    assert simulate_node.validate(path)[0]["simulated_s"] == pytest.approx(job.seconds)
+    path.write_text(json.dumps(report | {"command": alike + " enable_prefix_caching=false"}))
+    assert simulate_node.validate(path) == [first, second]
     path.write_text(json.dumps(report | {"what": "", "device": "NVIDIA H200"}))
     assert simulate_node.validate(path) == [first, second]
     path.write_text(json.dumps(report | {"command": "python other.py"}))
