@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 
 
 def gpu_kernel(
@@ -61,6 +62,13 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 
 _WHOLE = ((),) if signature(plgpu.load).parameters["idx"].default is Parameter.empty else ()
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory whose rows of 128 bytes are swizzled: no bank conflicts in `wgmma`'s layout."""
+    line = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def in_place(x: jax.Array, *, interpret: bool) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from sidp_jax.kernels.mosaic import gpu_kernel, load
+from sidp_jax.kernels.mosaic import gpu_kernel, load, swizzled
 from sidp_jax.kernels.ragged_tiles_mosaic import (
     LOG2E,
     ROW_LAYOUT,
@@ -33,7 +33,7 @@ from sidp_jax.kernels.ragged_tiles_mosaic import (
     filled,
     iota,
     over_keys,
-    ring_buffer,
+    row_buffer,
     scores,
     softmax_step,
     start_state,
@@ -358,10 +358,10 @@ def call_decode(q, shared, plan, static, interpret):
             jax.ShapeDtypeStruct((parts, ROWS), jnp.float32),
         ],
         scratch=[
-            plgpu.SMEM((streams, *tile), q.dtype),
-            plgpu.SMEM((streams, *tile), q.dtype),
-            ring_buffer((streams, k_stages, block, head_dim), q.dtype),
-            ring_buffer((streams, v_stages, block, head_dim), q.dtype),
+            row_buffer((streams, *tile), q.dtype, groups),
+            row_buffer((streams, *tile), q.dtype, groups),
+            swizzled((streams, k_stages, block, head_dim), q.dtype),
+            swizzled((streams, v_stages, block, head_dim), q.dtype),
             plgpu.SMEM((streams, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=streams),
             plgpu.Barrier(num_barriers=streams),
@@ -392,7 +392,7 @@ def call_merge(out_ref, parts, stats, plan, static, interpret):
             interpret=static["interpret"],
         ),
         scratch=[
-            plgpu.SMEM((2, 2, ROWS, head_dim), parts.dtype),
+            row_buffer((2, 2, ROWS, head_dim), parts.dtype, groups),
             plgpu.SMEM((2, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
         ],

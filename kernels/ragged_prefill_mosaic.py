@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from sidp_jax.kernels.mosaic import gpu_kernel
+from sidp_jax.kernels.mosaic import gpu_kernel, swizzled
 from sidp_jax.kernels.ragged_tiles_mosaic import (
     ROWS,
     TuningConfig,
@@ -31,7 +31,6 @@ from sidp_jax.kernels.ragged_tiles_mosaic import (
     filled,
     iota,
     over_keys,
-    ring_buffer,
     scores,
     softmax_step,
     start_state,
@@ -570,10 +569,10 @@ def call_prefill(out_ref, q, shared, plan, static, interpret):
     kernel = gpu_kernel(
         functools.partial(_prefill_kernel if apart else _chained_prefill_kernel, **static),
         scratch=[
-            ring_buffer((*queries, ROWS, head_dim), q.dtype),
+            swizzled((*queries, ROWS, head_dim), q.dtype),
             plgpu.SMEM((2, ROWS, head_dim), q.dtype),
-            ring_buffer((stages, block, head_dim), q.dtype),
-            ring_buffer((stages, block, head_dim), q.dtype),
+            swizzled((stages, block, head_dim), q.dtype),
+            swizzled((stages, block, head_dim), q.dtype),
             query,
             query,
             full,

@@ -14,6 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from sidp_jax.kernels.mosaic import swizzled
+
 ROWS = 64  # rows of one wgmma
 PREFILL_PRODUCTS = ("apart", "chained")
 PREFILL_ORDERS = ("rows", "longest")
@@ -73,10 +75,9 @@ def cdiv(a, b: int):
     return lax.div(a + (b - 1), jnp.int32(b))
 
 
-def ring_buffer(shape: tuple[int, ...], dtype):
-    """Shared memory for tiles of K and V or of queries, swizzled as `wgmma` reads them."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+def row_buffer(shape: tuple[int, ...], dtype, groups: int):
+    """Shared memory for tiles of which `groups` rows are copied, swizzled where those are whole."""
+    return swizzled(shape, dtype) if groups % 8 == 0 else plgpu.SMEM(shape, dtype)
 
 
 def copy_tile(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sidp_jax.kernels.mosaic import gpu_kernel, load
+from sidp_jax.kernels.mosaic import gpu_kernel, load, swizzled
 from sidp_jax.kernels.turn_heads import rotary_tables
 
 ROWS = 64  # tokens of one tile
@@ -162,9 +162,9 @@ def turn_heads_mosaic(
             grid=blocks,
             out_type=[jax.ShapeDtypeStruct((tokens, n, head_dim), qkv.dtype) for n in heads],
             scratch=[
-                plgpu.SMEM((2, *tile), qkv.dtype),
-                plgpu.SMEM((ROWS, half), jnp.float32),
-                plgpu.SMEM((ROWS, half), jnp.float32),
+                swizzled((2, *tile), qkv.dtype),
+                swizzled((ROWS, half), jnp.float32),
+                swizzled((ROWS, half), jnp.float32),
                 plgpu.Barrier(num_barriers=2),
                 plgpu.Barrier(num_arrivals=2),
             ],
