@@ -20,7 +20,7 @@ TOLERANCE = 1e-2  # relative, in bfloat16; sound kernels stay near 2e-3
 # (queries, context); among the decodes short ones, of which one worker does several in a row
 ROWS = ((1, 1), (1, 40), (1, 105), (1, 130), (1, 1500), (9, 200), (70, 70), (131, 300))
 PADDING = 13  # tokens after the last row
-TURN_TOKENS = 150  # two whole tiles, and one that is moved back
+TURN_TOKENS = 152  # two whole tiles, and one that is moved back
 PRODUCT_TOKENS = (16, 300)  # one tile of them; several, the last one moved back
 TOP_GROUPS = 300  # of the vocabulary; several rounds of the ring, and a last slot that is not full
 PRODUCT_OUTPUTS = 4096  # at most: several tiles, and a check that stays short

@@ -26,7 +26,8 @@ _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 def fits(tokens: int, head_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes heads of this size and type, of so many tokens."""
-    return tokens >= ROWS and head_dim == 128 and dtype == jnp.bfloat16
+    whole = tokens >= ROWS and tokens % 8 == 0  # swizzled rows are copied in groups of eight
+    return whole and head_dim == 128 and dtype == jnp.bfloat16
 
 
 def check_fits(qkv: Array) -> None:
@@ -34,8 +35,8 @@ def check_fits(qkv: Array) -> None:
     tokens, head_dim = qkv.shape[0], qkv.shape[3]
     if not fits(tokens, head_dim, qkv.dtype):
         raise ValueError(
-            f"{qkv.dtype=} must be bfloat16, {head_dim=} 128 and {tokens=} at least {ROWS} for the "
-            "mosaic kernel; use 'reference'"
+            f"{qkv.dtype=} must be bfloat16, {head_dim=} 128 and {tokens=} a multiple of 8, at least "
+            f"{ROWS}, for the mosaic kernel; use 'reference'"
         )
 
 

@@ -93,7 +93,7 @@ def test_the_kernel_is_for_whole_tiles_of_modes_that_keep_tokens_at_home():
         (attention, mode, tokens)
         for attention in ("reference", "mosaic", "cudnn")
         for mode in ("replicated", "was", "cas", "cas_staggered")
-        for tokens in (16, 64)
+        for tokens in (16, 64, 100)
         if isinstance(
             StepProgram(config, layout, make_mesh(1), attention).positions(
                 mode, jnp.zeros(tokens, jnp.int32), jnp.dtype(jnp.bfloat16)
@@ -106,7 +106,8 @@ def test_the_kernel_is_for_whole_tiles_of_modes_that_keep_tokens_at_home():
 
 def test_what_does_not_fit_is_an_error():
     turn = functools.partial(turn_heads, eps=EPS, implementation="mosaic")
-    for heads in (make_heads(63), make_heads(64, head_dim=64), make_heads(64, dtype=jnp.float32)):
+    wrong = (dict(tokens=56), dict(tokens=65), dict(head_dim=64), dict(dtype=jnp.float32))
+    for heads in (make_heads(**{"tokens": 64} | each) for each in wrong):
         with pytest.raises(ValueError, match=r"must be bfloat16, .*use 'reference'"):
             turn(*heads)
     qkv, q_scale, _, *rest = make_heads(64)
@@ -119,7 +120,7 @@ def test_what_does_not_fit_is_an_error():
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
-    ("tokens", "kv_heads", "queries"), [(64, 8, 8), (100, 4, 7), (2048, 8, 4), (8192, 8, 8)]
+    ("tokens", "kv_heads", "queries"), [(64, 8, 8), (104, 4, 7), (2048, 8, 4), (8192, 8, 8)]
 )
 def test_kernel_matches_reference(hopper, tokens, kv_heads, queries, norm):
     heads = make_heads(tokens, kv_heads=kv_heads, queries=queries, norm=norm)
