@@ -35,8 +35,8 @@ def check_fits(qkv: Array) -> None:
     tokens, head_dim = qkv.shape[0], qkv.shape[3]
     if not fits(tokens, head_dim, qkv.dtype):
         raise ValueError(
-            f"{qkv.dtype=} must be bfloat16, {head_dim=} 128 and {tokens=} a multiple of 8, at least "
-            f"{ROWS}, for the mosaic kernel; use 'reference'"
+            f"{qkv.dtype=} must be bfloat16, {head_dim=} 128 and {tokens=} a multiple of 8, "
+            f"{ROWS} or more, for the mosaic kernel; use 'reference'"
         )
 
 

@@ -24,6 +24,7 @@ from sidp_jax.mesh import make_mesh
 from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes.policy import CAS_STAGGERED, COLLECTIVE, WAS, Policy
 from sidp_jax.pool import kv_bytes_per_page
+from sidp_jax.program_cache import ProgramCache
 from sidp_jax.request import MAX_STOP_TOKEN_IDS
 from sidp_jax.runner import Runner, RunnerShapes, Step, num_pages_that_fit
 from sidp_jax.scheduler import Scheduler, SchedulerConfig
@@ -144,7 +145,10 @@ def _settle(config: EngineConfig) -> tuple[ModelConfig, StepProgram, Policy]:
         attention = _attention(config, model, mesh, policy.modes)
     except (FileNotFoundError, KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    program = StepProgram(model, layout, mesh, attention, policy.was_fetch)
+    cache = ProgramCache.beside_jax(mesh.local_devices[0].platform)
+    if cache is not None:
+        cache.forget_unused()
+    program = StepProgram(model, layout, mesh, attention, policy.was_fetch, cache)
     return model, program, policy
 
 

@@ -39,6 +39,7 @@ from sidp_jax.models.decoder import LayerParams
 from sidp_jax.modes.loop import Span, local_slab, spans
 from sidp_jax.modes.policy import WAS
 from sidp_jax.pool import PoolLayout
+from sidp_jax.program_cache import LoweredProgram
 from sidp_jax.weights import Weights, is_on_host, nbytes_per_device, partitions
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class CopiedForward:
         )
         stream = _PER_REPLICA, _PER_REPLICA
         everywhere = NamedSharding(self.program.mesh, PartitionSpec())
-        parts = {"begin": self._lower(_forward_begin, stream, outer, last_tokens, buffer)}
+        parts = {"begin": self._lower("begin", _forward_begin, stream, outer, last_tokens, buffer)}
         row = {name: _on_device(leaf) for name, leaf in weights.pooled[0].items()}
         for period in _periods(layout):
             if (shape := _shape(period)) not in parts:
@@ -182,10 +183,10 @@ class CopiedForward:
                 out = _PER_REPLICA, KVCache(KV_PARTITION, KV_PARTITION), _PER_REPLICA
                 count = jax.ShapeDtypeStruct(_numbers(period).shape, jnp.int32, sharding=everywhere)
                 arguments = layers, count, x, kv, buffer
-                parts[shape] = self._lower(_period, out, *arguments, donated=(2, 3))
+                parts[shape] = self._lower("period", _period, out, *arguments, donated=(2, 3))
         result = Forwarded(None, _PER_REPLICA, _PER_REPLICA)
         end = partial(_end, widest=self.widest)
-        parts["end"] = self._lower(end, result, outer, x, last_tokens, buffer)
+        parts["end"] = self._lower("end", end, result, outer, x, last_tokens, buffer)
         held = [weights, self.buffers(weights), kv, last_tokens, buffer]
         kv_bytes = nbytes_per_device(kv)
         memory = StepMemory(nbytes_per_device(held), kv_bytes, nbytes_per_device(x), kv_bytes)
@@ -205,8 +206,13 @@ class CopiedForward:
         return arriving * layout.buffered_rows
 
     def _lower(
-        self, function: Any, out_specs: Any, *arguments: Any, donated: tuple[int, ...] = ()
-    ) -> jax.stages.Lowered:
+        self,
+        name: str,
+        function: Any,
+        out_specs: Any,
+        *arguments: Any,
+        donated: tuple[int, ...] = (),
+    ) -> jax.stages.Lowered | LoweredProgram:
         mapped = jax.shard_map(
             partial(function, self.program, self.batch_layout),
             mesh=self.program.mesh,
@@ -214,7 +220,9 @@ class CopiedForward:
             out_specs=out_specs,
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=donated).lower(*arguments)
+        jitted = jax.jit(mapped, donate_argnums=donated)
+        identity = ("copied", name, self.batch_layout, self.widest)
+        return self.program.kept(jitted, *identity).lower(*arguments)
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ class LoweredCopiedForward:
     """
 
     forward: CopiedForward
-    parts: Mapping[Part, jax.stages.Lowered]
+    parts: Mapping[Part, jax.stages.Lowered | LoweredProgram]
     memory: StepMemory
 
     def compile(self, options: dict[str, Any] | None = None) -> CompiledCopiedForward:

@@ -20,6 +20,7 @@ from sidp_jax.batch import BatchLayout
 from sidp_jax.copied_layers import CompiledCopiedForward, LoweredCopiedForward
 from sidp_jax.kv_cache import KVCache, allocate, kv_cache_spec
 from sidp_jax.pool import kv_bytes_per_page, padded_vocab
+from sidp_jax.program_cache import LoweredProgram
 from sidp_jax.request import SAMPLERS
 from sidp_jax.step import StepProgram
 from sidp_jax.weights import Weights
@@ -110,7 +111,7 @@ class Runner:
             self.launch(mode, variant, batch, batch.empty(pool))
         jax.block_until_ready(self._kv)
         logger.info(
-            "warm-up: %d forward and %d sampling programs: traced and compiled in %.1f s, "
+            "warm-up: %d forward and %d sampling programs: compiled, or loaded, in %.1f s, "
             "first run in %.1f s",
             len(self._forward),
             len(self._sampler),
@@ -179,7 +180,7 @@ class Runner:
 
     def _lower_forward(
         self, mode: str, batch: BatchLayout
-    ) -> jax.stages.Lowered | LoweredCopiedForward:
+    ) -> jax.stages.Lowered | LoweredProgram | LoweredCopiedForward:
         weights = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
             self.weights,
@@ -189,7 +190,7 @@ class Runner:
         forward = self.program.forward(mode, batch, self.shapes.batches[-1], weights)
         return forward.lower(weights, self._kv_spec(), last_tokens, buffer)
 
-    def _lower_sampler(self, variant: str) -> jax.stages.Lowered:
+    def _lower_sampler(self, variant: str) -> jax.stages.Lowered | LoweredProgram:
         widest = self.shapes.batches[-1]
         logits = self._spec((widest.seqs, self._vocab_rows()), jnp.float32)
         buffer = self._spec((widest.size,), jnp.int32)
@@ -247,7 +248,7 @@ def num_pages_that_fit(
 
 
 def _compile_side_by_side(
-    lowered: Iterable[jax.stages.Lowered | LoweredCopiedForward],
+    lowered: Iterable[jax.stages.Lowered | LoweredProgram | LoweredCopiedForward],
     options: dict[str, int] | None = None,
 ) -> list[jax.stages.Compiled | CompiledCopiedForward]:
     """Compiles programs in a thread each, while the next ones are being traced."""

@@ -7,8 +7,9 @@ modes and the shapes of the batch: the sampler always sees the widest shape.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from sidp_jax.models.config import ModelConfig
 from sidp_jax.modes import cas, cas_staggered, replicated, was
 from sidp_jax.modes.policy import COLLECTIVE, WAS
 from sidp_jax.pool import PoolLayout
+from sidp_jax.program_cache import CachedProgram, ProgramCache
 from sidp_jax.weights import Weights, partitions
 
 RUN_LAYERS = {
@@ -57,6 +59,7 @@ class StepProgram:
         mesh: The devices.
         attention: Implementation of attention, chosen explicitly.
         was_fetch: How WaS fetches a layer: by ``collective``, by ``copies``, or from the ``host``.
+        cache: Where compiled programs are kept; None for nowhere.
     """
 
     config: ModelConfig
@@ -64,6 +67,7 @@ class StepProgram:
     mesh: Mesh
     attention: str
     was_fetch: str = COLLECTIVE
+    cache: ProgramCache | None = field(default=None, compare=False, repr=False)
 
     @property
     def kernels(self) -> str:
@@ -108,7 +112,7 @@ class StepProgram:
 
     def forward(
         self, mode: str, batch_layout: BatchLayout, widest: BatchLayout, weights: Weights
-    ) -> jax.stages.Wrapped | CopiedForward:
+    ) -> jax.stages.Wrapped | CachedProgram | CopiedForward:
         """The jitted forward program of one mode and batch shape.
 
         Where WaS fetches by copies it is several programs, which ``CopiedForward`` drives.
@@ -133,9 +137,12 @@ class StepProgram:
             out_specs=Forwarded(kv, _PER_REPLICA, _PER_REPLICA),
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=1)
+        jitted = jax.jit(mapped, donate_argnums=1)
+        return self.kept(jitted, "forward", mode, batch_layout, widest)
 
-    def sampler(self, variant: str, batch_layout: BatchLayout) -> jax.stages.Wrapped:
+    def sampler(
+        self, variant: str, batch_layout: BatchLayout
+    ) -> jax.stages.Wrapped | CachedProgram:
         """The jitted sampling program.
 
         Args:
@@ -153,7 +160,20 @@ class StepProgram:
             out_specs=_PER_REPLICA,
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=(2, 3))
+        return self.kept(jax.jit(mapped, donate_argnums=(2, 3)), "sampler", variant, batch_layout)
+
+    def kept(
+        self, jitted: jax.stages.Wrapped, *identity: Any
+    ) -> jax.stages.Wrapped | CachedProgram:
+        """A program whose compiled form is kept, where there is a cache.
+
+        Args:
+            jitted: The program.
+            identity: What decides it, besides this object and its arguments.
+        """
+        if self.cache is None:
+            return jitted
+        return self.cache.program(jitted, tuple(self.mesh.devices.flat), self, *identity)
 
 
 def _forward(

@@ -14,6 +14,7 @@ from sidp_jax.models.decoder import layer_spec
 from sidp_jax.modes.policy import LayerShape, Policy, PolicyState
 from sidp_jax.pace import StepCosts
 from sidp_jax.pool import PoolLayout
+from sidp_jax.program_cache import ProgramCache
 from sidp_jax.runner import Runner, RunnerShapes
 from sidp_jax.scheduler import Scheduler, SchedulerConfig
 from sidp_jax.step import StepProgram
@@ -105,6 +106,7 @@ def make_engine(
     page_size: int = 4,
     num_kv_pages: int = 64,
     prefix_caching: bool = True,
+    cache: ProgramCache | None = None,
 ) -> Engine:
     """An engine over a small random model, warmed up."""
     config = config or small_config(5)
@@ -122,7 +124,7 @@ def make_engine(
         num_kv_pages=num_kv_pages,
         kv_dtype=np.dtype(np.float32),
     )
-    program = StepProgram(config, layout, mesh, "reference", was_fetch)
+    program = StepProgram(config, layout, mesh, "reference", was_fetch, cache)
     weights = random_weights(config, layout, mesh, layer_loop)
     shape = LayerShape(config.num_layers, 1 << 20, 1e6, 128, 512, 128)
     policy = policy_type(modes, pool_size, shape, load_profile("h200"))

@@ -106,7 +106,7 @@ def test_the_kernel_is_for_whole_tiles_of_modes_that_keep_tokens_at_home():
 
 def test_what_does_not_fit_is_an_error():
     turn = functools.partial(turn_heads, eps=EPS, implementation="mosaic")
-    wrong = (dict(tokens=56), dict(tokens=65), dict(head_dim=64), dict(dtype=jnp.float32))
+    wrong = ({"tokens": 56}, {"tokens": 65}, {"head_dim": 64}, {"dtype": jnp.float32})
     for heads in (make_heads(**{"tokens": 64} | each) for each in wrong):
         with pytest.raises(ValueError, match=r"must be bfloat16, .*use 'reference'"):
             turn(*heads)
