@@ -260,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("sidp_jax").setLevel(logging.INFO)
     config = load_config(arguments.config, ["load_format=dummy", *arguments.overrides])
+    if config.num_pools > 1:
+        parser.error(f"num_pools={config.num_pools} must be 1: one pool is measured at a time")
     if arguments.trace is not None and resolve_platform(config.platform) == "gpu":
         # First, so that the same flag from the user beats it.
         os.environ["XLA_FLAGS"] = f"{_TRACED_AS_RUN} {os.environ.get('XLA_FLAGS', '')}".strip()

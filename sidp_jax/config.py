@@ -36,6 +36,11 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         lambda x: x >= 1,
         "set it to the number of replicas that share the weights",
     ),
+    "num_pools": (
+        "at least 1",
+        lambda x: x >= 1,
+        "set it to the pools that share the input, each on GPUs of its own",
+    ),
     "tensor_parallel_size": (
         "at least 1",
         lambda x: x >= 1,
@@ -103,6 +108,9 @@ class EngineConfig:
         dtype: Type of weights, activations and KV cache.
         pool_size: Replicas that share one copy of the layers.
         tensor_parallel_size: Devices of one replica, over which its heads are spread.
+        num_pools: Pools, each a process of its own with its own devices and its own copy of the
+            weights; they share one queue of requests. With ``pool_size=1`` that is plain data
+            parallelism.
         mode: How a layer that a replica does not own is run; ``auto`` picks it step by step.
         cas_schedule: How replicas take turns at the owners in ``cas``: all at one layer
             (``lockstep``), or each one layer behind the one before it (``staggered``); ``auto``
@@ -148,6 +156,7 @@ class EngineConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     pool_size: int = 1
     tensor_parallel_size: int = 1
+    num_pools: int = 1
     mode: Literal["auto", "replicated", "was", "cas"] = "auto"
     cas_schedule: Literal["auto", "lockstep", "staggered"] = "auto"
     was_fetch: Literal["auto", "collective", "copies"] = "auto"
@@ -262,7 +271,7 @@ class EngineConfig:
 
     @property
     def num_devices(self) -> int:
-        """Devices of the mesh."""
+        """Devices of one pool."""
         return self.pool_size * self.tensor_parallel_size
 
     @property

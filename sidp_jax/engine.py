@@ -12,7 +12,8 @@ import numpy as np
 from sidp_jax.batch import build_batch
 from sidp_jax.compilation import compilations
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.modes.policy import Policy, PolicyState, Switch
+from sidp_jax.modes.policy import Policy, PolicyState
+from sidp_jax.progress import EngineStats
 from sidp_jax.request import (
     SAMPLERS,
     CompletionOutput,
@@ -21,6 +22,7 @@ from sidp_jax.request import (
     RequestOutput,
     SamplingParams,
     Sequence,
+    check_request,
     derive_seed,
 )
 from sidp_jax.runner import Runner
@@ -29,23 +31,6 @@ from sidp_jax.scheduler import Scheduler, StepPlan
 from sidp_jax.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EngineStats:
-    """What the engine has done so far.
-
-    Attributes:
-        prompt_tokens: Prompt tokens of the finished requests, once per request.
-        output_tokens: Tokens generated, those of unfinished requests included.
-        steps: Steps per mode.
-        switches: Every change of mode, with its cause.
-    """
-
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    steps: Counter[str] = field(default_factory=Counter)
-    switches: list[Switch] = field(default_factory=list)
 
 
 @dataclass
@@ -209,19 +194,13 @@ class Engine:
         Raises:
             RequestError: The request can never run.
         """
-        vocab, length = self.model_config.vocab_size, len(prompt_token_ids)
-        if not prompt_token_ids:
-            raise RequestError("the prompt has no tokens; it needs at least one")
-        if length >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {length} tokens, which leaves no room for output within "
-                f"max_model_len={self.max_model_len}; shorten it or raise max_model_len"
-            )
-        outside = next((token for token in prompt_token_ids if not 0 <= token < vocab), None)
-        if outside is not None:
-            raise RequestError(f"prompt token {outside} is not in the vocabulary of {vocab} tokens")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the model folder has none")
+        check_request(
+            prompt_token_ids,
+            params,
+            max_model_len=self.max_model_len,
+            vocab_size=self.model_config.vocab_size,
+            has_tokenizer=self.tokenizer is not None,
+        )
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ones are ignored."""
@@ -233,6 +212,26 @@ class Engine:
         ]
         for seq_id in ended:
             del self._samples[seq_id]
+
+    def recall(self, most: int) -> list[str]:
+        """Drops requests of which nothing has been computed, the newest first.
+
+        Args:
+            most: How many at most.
+
+        Returns:
+            Their ids, for another engine to run.
+        """
+        untouched = Counter(sequence.request_id for sequence in self.scheduler.untouched())
+        found = []
+        for request_id, request in reversed(self._requests.items()):
+            if len(found) == most:
+                break
+            if untouched[request_id] == request.params.n:
+                found.append(request_id)
+        for request_id in found:
+            self.abort(request_id)
+        return found
 
     def step(self) -> list[RequestOutput]:
         """Sends the next step to the devices and collects the one before it.

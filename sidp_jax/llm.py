@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sidp_jax.config import EngineConfig
+from sidp_jax.node import open_engine
 from sidp_jax.progress import ProgressReport
 from sidp_jax.request import RequestError, RequestOutput, SamplingParams
-from sidp_jax.startup import check, start_jax
+from sidp_jax.startup import check
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
@@ -36,10 +37,7 @@ class LLM:
     def __init__(self, model: str | Path, **keys: Any):
         self.config = EngineConfig.from_mapping({"model": str(model), **keys})
         check(self.config)
-        start_jax(self.config)
-        from sidp_jax.build import build_engine  # imports jax, which has to wait for start_jax
-
-        self.engine = build_engine(self.config)
+        self.engine = open_engine(self.config)
         self._ids = count()
 
     @property

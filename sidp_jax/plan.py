@@ -114,7 +114,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--gpus",
         type=int,
-        help="GPUs of the node; by default pool_size x tensor_parallel_size",
+        help="GPUs of the node; by default num_pools x pool_size x tensor_parallel_size",
     )
     parser.add_argument(
         "--compile",
@@ -177,7 +177,7 @@ def make_plan(
     Args:
         config: The configuration; its model needs no more than ``config.json``.
         workload: Requests of the job.
-        num_devices: GPUs of the node; None is as many as one pool takes.
+        num_devices: GPUs of the node; None is as many as the configured pools take.
         hardware: One of those GPUs; None is what the configuration says.
 
     Returns:
@@ -198,7 +198,7 @@ def make_plan(
         max_model_len=_max_model_len(config, model, workload),
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
-    devices = config.num_devices if num_devices is None else num_devices
+    devices = config.num_pools * config.num_devices if num_devices is None else num_devices
     configured = _configured(config, model, setting.hardware, devices)
     layout = layout_of(config, model)
     policy = policy_of(setting, configured)
@@ -395,6 +395,7 @@ def _recommendation(setting: Setting, choice: Choice | None) -> Plan:
         reason = _comparison(plain, pooled, choice.whole)
     chosen = best.option.candidate
     keys = {
+        "num_pools": chosen.pools,
         "pool_size": chosen.pool_size,
         "tensor_parallel_size": chosen.tensor_size,
         "resident_layers": chosen.resident_layers if choice.pool else 0,
@@ -407,7 +408,6 @@ def _recommendation(setting: Setting, choice: Choice | None) -> Plan:
         "pool": choice.pool,
         "decided_by": decided,
         "reason": reason,
-        "jobs": chosen.pools,
         "set": keys,
     }
 

@@ -248,10 +248,9 @@ def _recommendation(plan: dict[str, Any]) -> str:
     if advice["set"] is None:
         return f"Recommendation: none. {advice['reason'].capitalize()}."
     keys = " ".join(f"{key}={value}" for key, value in advice["set"].items())
-    jobs = f", in each of {advice['jobs']} jobs that share the input" if advice["jobs"] > 1 else ""
     verdict = "pool" if advice["pool"] else "do not pool"
     how = f"decided by {advice['decided_by']}"
-    return f"Recommendation, {how}: {verdict}; {advice['reason']}.\nSet {keys}{jobs}."
+    return f"Recommendation, {how}: {verdict}; {advice['reason']}.\nSet {keys}."
 
 
 def _name(name: str, option: dict[str, Any]) -> str:

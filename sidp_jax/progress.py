@@ -5,16 +5,36 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sidp_jax.modes.policy import Switch
+
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 10.0
 _BAR_SECONDS = 0.5
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done so far.
+
+    Attributes:
+        prompt_tokens: Prompt tokens of the finished requests, once per request.
+        output_tokens: Tokens generated, those of unfinished requests included.
+        steps: Steps per mode.
+        switches: Every change of mode, with its cause.
+    """
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    steps: Counter[str] = field(default_factory=Counter)
+    switches: list[Switch] = field(default_factory=list)
 
 
 @runtime_checkable

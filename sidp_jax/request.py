@@ -160,6 +160,40 @@ def _as_tuple(name: str, values: Any) -> tuple:
     return tuple(values)
 
 
+def check_request(
+    prompt_token_ids: list[int],
+    params: SamplingParams,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    has_tokenizer: bool,
+) -> None:
+    """Raises RequestError where a model can never run a request.
+
+    Args:
+        prompt_token_ids: The prompt.
+        params: How to sample, and when to stop.
+        max_model_len: Longest sequence, prompt and output together, in tokens.
+        vocab_size: Tokens that there are.
+        has_tokenizer: Whether there is one, for text.
+    """
+    length = len(prompt_token_ids)
+    if not prompt_token_ids:
+        raise RequestError("the prompt has no tokens; it needs at least one")
+    if length >= max_model_len:
+        raise RequestError(
+            f"the prompt has {length} tokens, which leaves no room for output within "
+            f"max_model_len={max_model_len}; shorten it or raise max_model_len"
+        )
+    outside = next((token for token in prompt_token_ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise RequestError(
+            f"prompt token {outside} is not in the vocabulary of {vocab_size} tokens"
+        )
+    if params.stop and not has_tokenizer:
+        raise RequestError("stop strings need a tokenizer, and the model folder has none")
+
+
 def derive_seed(seed: int | None, index: int, *, engine_seed: int, request_id: str) -> int:
     """The seed of sample `index` of a request, in 0..2**32-1.
 

@@ -20,8 +20,9 @@ from rich.table import Table
 from sidp_jax.config import ConfigError, load_config
 from sidp_jax.job import Interrupted, Job, JobEngine, JobSummary
 from sidp_jax.models.config import UnsupportedModelError
+from sidp_jax.node import open_engine
 from sidp_jax.safetensors_files import CheckpointError
-from sidp_jax.startup import check, start_jax
+from sidp_jax.startup import check
 from sidp_jax.tokenizer import TokenizerError
 
 SUCCESS, FAILURE, USAGE, SOME_ROWS_FAILED = 0, 1, 2, 3
@@ -95,10 +96,7 @@ def _run(job: Job, console: Console) -> tuple[JobSummary, JobEngine | None]:
     if job.is_complete:
         logger.info("nothing is left to do; --overwrite starts anew")
         return job.count_kept(), None
-    start_jax(job.config)
-    from sidp_jax.build import build_engine  # imports jax
-
-    engine = build_engine(job.config)
+    engine = open_engine(job.config)
     with _stop_signals() as should_stop:
         return job.run(engine, should_stop=should_stop, console=console), engine
 

@@ -167,6 +167,12 @@ class Scheduler:
         """Sequences in the queue, preempted ones included."""
         return len(self._waiting)
 
+    def untouched(self) -> Iterator[Sequence]:
+        """Waiting sequences that have no output yet."""
+        for _, sequence in self._waiting:
+            if not sequence.output and not sequence.num_pending:
+                yield sequence
+
     @property
     def kv_usage(self) -> float:
         """Share of all pages that is allocated, 0 to 1."""

@@ -80,12 +80,12 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 def _device_problems(config: EngineConfig) -> Iterator[str]:
     if resolve_platform(config.platform) == "cpu":
         return
-    present = count_gpus()
-    if present < config.num_devices:
+    present, needed = count_gpus(), config.num_pools * config.num_devices
+    if present < needed:
         yield (
-            f"- pool_size={config.pool_size} needs {config.num_devices} GPUs, and this machine "
-            f"shows {present}; set pool_size to the number of GPUs, or platform=cpu for virtual "
-            "devices"
+            f"- num_pools={config.num_pools}, each of pool_size={config.pool_size} replicas, needs "
+            f"{needed} GPUs, and this machine shows {present}; set their product to the number of "
+            "GPUs, or platform=cpu for virtual devices"
         )
     if not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
         yield (
@@ -120,13 +120,18 @@ def resolve_platform(platform: str) -> Platform:
     return "gpu" if count_gpus() else "cpu"
 
 
-def count_gpus() -> int:
-    """NVIDIA GPUs that this process may use, found without jax."""
+def visible_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that this process may use, found without jax."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
     if visible is None:
-        return present
-    return min(present, sum(bool(name) and name != "-1" for name in visible.split(",")))
+        return [str(number) for number in range(present)]
+    return [name for name in visible.split(",") if name and name != "-1"][:present]
+
+
+def count_gpus() -> int:
+    """How many ``visible_gpus`` there are."""
+    return len(visible_gpus())
 
 
 def start_jax(config: EngineConfig) -> None:

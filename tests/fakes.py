@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+from sidp_jax.progress import EngineStats
 from sidp_jax.request import (
     CompletionOutput,
     Logprob,
@@ -65,7 +65,7 @@ class FakeEngine:
         self.fail_at_step, self.step_seconds = fail_at_step, step_seconds
         self.tokenizer = tokenizer
         self.kv_tokens, self.compilations, self.mode = 4096, 0, "was"
-        self.stats = SimpleNamespace(prompt_tokens=0, output_tokens=0, steps=Counter(), switches=[])
+        self.stats = EngineStats()
         self.most_unfinished = 0
         self.seen: list[str] = []  # ids of all requests
         self._left: dict[str, int] = {}
@@ -108,6 +108,12 @@ class FakeEngine:
 
     def abort(self, request_id: str) -> None:
         self._left.pop(request_id, None)
+
+    def recall(self, most: int) -> list[str]:
+        found = list(self._left)[self.max_concurrency :][::-1][:most]
+        for request_id in found:
+            self.abort(request_id)
+        return found
 
     def step(self) -> list[RequestOutput]:
         time.sleep(self.step_seconds)

@@ -447,7 +447,7 @@ def test_plan_of_qwen72b_on_eight_h200(full):
     assert 1650 < made["fetch_hidden_from"] < 1800
     assert made["recommendation"]["pool"] is False
     assert made["recommendation"]["set"]["tensor_parallel_size"] == tensor_size
-    assert made["recommendation"]["jobs"] == 8 // tensor_size
+    assert made["recommendation"]["set"]["num_pools"] == 8 // tensor_size
     assert made["hardware"]["source"]
 
 

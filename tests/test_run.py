@@ -148,7 +148,7 @@ def test_a_large_config_says_what_is_missing_and_what_to_set(name, tmp_path):
     assert process.returncode == 2
     assert "there is no folder" in errors
     assert "set model=" in errors
-    assert "needs 8 GPUs, and this machine shows 0; set pool_size" in errors
+    assert "needs 8 GPUs, and this machine shows 0; set their product" in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir()), "nothing is written"
 

@@ -39,7 +39,7 @@ def test_a_missing_model_and_missing_gpus_are_named_in_one_message(monkeypatch):
     message = str(info.value)
     assert "no folder" in message
     assert "set model=" in message
-    assert "needs 8 GPUs, and this machine shows 2; set pool_size" in message
+    assert "needs 8 GPUs, and this machine shows 2; set their product" in message
     assert "set input=" in message
     assert "set output=" in message
 
