@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
@@ -157,7 +157,7 @@ class Node:
     def __init__(self, config: EngineConfig):
         self.tokenizer = load_tokenizer(config.model_path)
         self.stats = EngineStats()
-        self._waiting: deque[Request] = deque()
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._prompts: dict[str, str | None] = {}  # of all unfinished requests
         self._beginnings: OrderedDict[bytes, int] = OrderedDict()
         self._shares_beginnings = config.enable_prefix_caching
@@ -261,14 +261,14 @@ class Node:
             raise RequestError(f"request id {request_id!r} is already in use by a running request")
         self.check_request(prompt_token_ids, params)
         self._prompts[request_id] = prompt
-        self._waiting.append(Request(request_id, list(prompt_token_ids), params))
+        self._waiting[request_id] = Request(request_id, list(prompt_token_ids), params)
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ones are ignored."""
         if request_id not in self._prompts:
             return
         del self._prompts[request_id]
-        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        self._waiting.pop(request_id, None)
         for pool in self._pools:
             if request_id in pool.requests:
                 self._take(pool, request_id)
@@ -296,7 +296,7 @@ class Node:
             open_pools = [pool for pool in self._pools if pool.room > 0]
             if not open_pools:
                 return
-            request = self._waiting.popleft()
+            _, request = self._waiting.popitem(last=False)
             pool = self._choose(open_pools, request.prompt_token_ids)
             pool.requests[request.request_id] = request
             pool.num_sequences += request.params.n
@@ -341,14 +341,16 @@ class Node:
         """Takes a message of a pool in; returns what has finished by it."""
         if kind == "recalled":
             pool.recalled = False
-            returned = [self._take(pool, name) for name in content if name in pool.requests]
-            self._waiting.extendleft(returned)
+            for name in content:
+                if name in pool.requests:  # or it was aborted meanwhile
+                    self._waiting[name] = self._take(pool, name)
+                    self._waiting.move_to_end(name, last=False)
             return []
         outputs, report = content
         self._add_up(pool, report)
         finished = []
         for output in outputs:
-            if output.request_id in pool.requests:  # or it was aborted meanwhile
+            if output.request_id in pool.requests:
                 request = self._take(pool, output.request_id)
                 output.prompt_token_ids = request.prompt_token_ids
                 output.prompt = self._prompts.pop(output.request_id)
