@@ -110,7 +110,7 @@ class Loop:
         context = LayerContext(
             self.model,
             self.layout,
-            program.positions("replicated", positions, self.dtype),
+            program.positions(positions, self.dtype),
             attend,
             program.platform,
             program.kernels,

@@ -5,7 +5,7 @@ weights are and the attention where the KV cache is. So the model knows no mode,
 no kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,10 +49,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         c = config
         hidden, groups, queries = c.hidden_size, c.num_kv_heads, c.queries_per_kv_head
-        self.num_queries = queries
-        self.inverse_frequencies = tuple(
-            rope_inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling).tolist()
-        )
+        self.config = c
         self.input_norm = RMSNorm(hidden, c.rms_norm_eps, dtype)
         self.qkv = Linear(
             (groups, queries + 2, c.head_dim),
@@ -92,11 +89,17 @@ class DecoderLayer(nnx.Module):
         """
         norms = (self.q_norm, self.k_norm)
         scales = [None if norm is None else norm.scale[...] for norm in norms]
-        frequencies = jnp.asarray(self.inverse_frequencies, jnp.float32)
-        qkv, eps = self.qkv(self.input_norm(x)), self.input_norm.eps
-        if isinstance(positions, HeadTurner):
-            return positions.turn(qkv, *scales, frequencies, eps)
-        return turn_heads(qkv, *scales, positions, frequencies, eps=eps, implementation="reference")
+        return turn_projection(self.config, self.project(x), scales, positions)
+
+    def project(
+        self, x: Float[Array, "tokens hidden"]
+    ) -> Float[Array, "tokens kv_heads group head_dim"]:
+        """The first part of ``pre_attention``, which knows no positions; see ``turn_projection``.
+
+        Args:
+            x: The residual stream.
+        """
+        return self.qkv(self.input_norm(x))
 
     def post_attention(
         self,
@@ -122,7 +125,8 @@ class DecoderLayer(nnx.Module):
         reduce: Callable[[jax.Array], jax.Array] = lambda partial: partial,
     ) -> Float[Array, "tokens hidden"]:
         """The first part of ``post_attention``: the residual stream with the attention's result."""
-        groups = attended.reshape(x.shape[0], -1, self.num_queries, attended.shape[-1])
+        queries = self.config.queries_per_kv_head
+        groups = attended.reshape(x.shape[0], -1, queries, attended.shape[-1])
         return x + reduce(self.out(groups))
 
     def feed_forward(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens ffn"]:
@@ -138,6 +142,33 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "tokens hidden"]:
         """The last part of ``post_attention``: the residual stream with the gated values."""
         return x + reduce(self.down(gated))
+
+
+def turn_projection(
+    config: ModelConfig,
+    qkv: Float[Array, "tokens kv_heads group head_dim"],
+    scales: Sequence[Float[Array, "head_dim"] | None],
+    positions: Int[Array, "tokens"] | HeadTurner,
+) -> tuple[
+    Float[Array, "tokens heads head_dim"],
+    Float[Array, "tokens kv_heads head_dim"],
+    Float[Array, "tokens kv_heads head_dim"],
+]:
+    """The second part of ``pre_attention``, which needs no kernel of the layer.
+
+    Args:
+        config: The model's architecture.
+        qkv: The projection: for each key head its query heads, the key head and its value head.
+        scales: Of the layer's norms of query and key heads; None where it has none.
+        positions: Position of each token in its sequence, or what turns heads by it.
+    """
+    frequencies = jnp.asarray(
+        rope_inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    )
+    eps = config.rms_norm_eps
+    if isinstance(positions, HeadTurner):
+        return positions.turn(qkv, *scales, frequencies, eps)
+    return turn_heads(qkv, *scales, positions, frequencies, eps=eps, implementation="reference")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ from sidp_jax.kv_cache import KV_PARTITION, KVCache
 from sidp_jax.mesh import POOL
 from sidp_jax.models.decoder import LayerParams
 from sidp_jax.modes.loop import Span, local_slab, spans
-from sidp_jax.modes.policy import WAS
 from sidp_jax.pool import PoolLayout
 from sidp_jax.program_cache import LoweredProgram
 from sidp_jax.weights import Weights, is_on_host, nbytes_per_device, partitions
@@ -363,7 +362,7 @@ def _forward_begin(
     buffer: Int[Array, "1 size"],
 ) -> tuple[Float[Array, "tokens hidden"], Float[Array, "1"]]:
     batch = read_batch(buffer, batch_layout)
-    context = layer_context(program, WAS, batch, outer.embedding.dtype)
+    context = layer_context(program, batch, outer.embedding.dtype)
     x = embedded(context, outer.embedding, resolve_tokens(batch, last_tokens[0]))
     return x, _marker(x)
 
@@ -377,7 +376,7 @@ def _period(
     kv: KVCache,
     buffer: Int[Array, "1 size"],
 ) -> tuple[Float[Array, "tokens hidden"], KVCache, Float[Array, "1"]]:
-    context = layer_context(program, WAS, read_batch(buffer, batch_layout), x.dtype)
+    context = layer_context(program, read_batch(buffer, batch_layout), x.dtype)
     mine = KVCache(kv.k[0], kv.v[0])
     layers = [
         params for each in spans_layers for params in (*local_slab(each.fetched), *each.resident)
@@ -398,7 +397,7 @@ def _end(
     widest: BatchLayout,
 ) -> Forwarded:
     batch = read_batch(buffer, batch_layout)
-    context = layer_context(program, WAS, batch, x.dtype)
+    context = layer_context(program, batch, x.dtype)
     fed = with_tokens(buffer[0], resolve_tokens(batch, last_tokens[0]), batch_layout, widest)
     return Forwarded(None, last_logits(context, outer, batch, x)[None], fed[None])
 

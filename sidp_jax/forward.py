@@ -45,14 +45,11 @@ def read_batch(buffer: Int[Array, "1 size"], layout: BatchLayout) -> StepBatch:
     return unpack(buffer[0], layout, jax.lax.bitcast_convert_type)
 
 
-def layer_context(
-    program: StepProgram, mode: str, batch: StepBatch, dtype: jnp.dtype
-) -> LayerContext:
+def layer_context(program: StepProgram, batch: StepBatch, dtype: jnp.dtype) -> LayerContext:
     """What the layers of a step need besides weights, inside ``shard_map``.
 
     Args:
         program: Model, pool and mesh.
-        mode: Mode of the step.
         batch: This replica's batch.
         dtype: Type of the activations.
     """
@@ -78,7 +75,7 @@ def layer_context(
     return LayerContext(
         program.config,
         program.layout,
-        program.positions(mode, batch.positions, dtype),
+        program.positions(batch.positions, dtype),
         attend,
         program.platform,
         program.kernels,

@@ -25,6 +25,7 @@ import flax
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 logger = logging.getLogger(__name__)
 
@@ -150,14 +151,18 @@ class _JaxCacheOff:
         with self._lock:
             if not self._inside:
                 self._before = jax.config.jax_enable_compilation_cache
-                jax.config.update("jax_enable_compilation_cache", False)
+                self._set(False)
             self._inside += 1
 
     def __exit__(self, *_: object):
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                jax.config.update("jax_enable_compilation_cache", self._before)
+                self._set(self._before)
+
+    def _set(self, enabled: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()  # which has looked at the setting when it was first used, and never again
 
 
 _jax_cache_off = _JaxCacheOff()

@@ -74,15 +74,12 @@ class StepProgram:
         """Implementation of everything but attention that has one in ``kernels``."""
         return "reference" if self.attention == "cudnn" else self.attention
 
-    def positions(
-        self, mode: str, positions: Int[Array, "tokens"], dtype: jnp.dtype
-    ) -> jax.Array | Turner:
-        """Positions for the layers of a mode: on Hopper with the kernel that turns heads by them.
+    def positions(self, positions: Int[Array, "tokens"], dtype: jnp.dtype) -> jax.Array | Turner:
+        """Positions for the layers: on Hopper with the kernel that turns heads by them.
 
-        It takes a whole tile of tokens or more. In CaS a layer's owner turns the heads of others,
-        whose positions travel as an array.
+        It takes a whole tile of tokens or more.
         """
-        if self.kernels != "mosaic" or mode not in ("replicated", "was"):
+        if self.kernels != "mosaic":
             return positions
         from sidp_jax.kernels.turn_heads_mosaic import fits
 
@@ -188,7 +185,7 @@ def _forward(
 ) -> Forwarded:
     batch = read_batch(buffer, batch_layout)
     tokens = resolve_tokens(batch, last_tokens[0])
-    context = layer_context(program, mode, batch, weights.embedding.dtype)
+    context = layer_context(program, batch, weights.embedding.dtype)
     x = embedded(context, weights.embedding, tokens)
     mine = KVCache(kv.k[0], kv.v[0])
     x, mine = RUN_LAYERS[mode](context, weights, x, mine)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_engine, run_requests
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sidp_jax import program_cache
 from sidp_jax.program_cache import KEPT_DAYS, LoweredProgram, ProgramCache
@@ -94,6 +95,38 @@ def test_what_is_kept_is_found_by_what_decides_it(tmp_path, monkeypatch):
     assert keep(tmp_path)[0]
     monkeypatch.undo()
     program_cache._surroundings.cache_clear()
+
+
+def test_what_jax_has_in_its_own_cache_is_compiled_anew(tmp_path):
+    """On CPUs what was loaded from there is written without its functions."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name, value in zip(names, (str(tmp_path / "jax"), 0.0, -1), strict=True):
+            jax.config.update(name, value)
+        reset_cache()
+
+        def function(x):
+            return jnp.sort(jnp.sin(x) / (1 + x**2))[::-1] * 2
+
+        keep(tmp_path / "first", function)
+        x = np.arange(8, dtype=np.float32)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        expected = jax.jit(function, donate_argnums=0, out_shardings=sharding)(jnp.array(x))
+        assert list((tmp_path / "jax").glob("*function*"))
+        keep(tmp_path / "second", function)
+        traced, loaded = keep(tmp_path / "second", function)
+        assert not traced
+        np.testing.assert_array_equal(loaded(jnp.array(x)), expected)
+        assert jax.config.jax_enable_compilation_cache
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
 
 
 def test_options_of_the_compiler_make_another_program(tmp_path):

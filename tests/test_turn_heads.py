@@ -86,22 +86,21 @@ def test_a_layer_takes_what_turns_heads_in_the_place_of_positions():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_kernel_is_for_whole_tiles_of_modes_that_keep_tokens_at_home():
+def test_the_kernel_is_for_whole_tiles():
     config = small_config(head_dim=128)
     layout = PoolLayout(config.num_layers, 1, config.num_layers)
     found = {
-        (attention, mode, tokens)
+        (attention, tokens)
         for attention in ("reference", "mosaic", "cudnn")
-        for mode in ("replicated", "was", "cas", "cas_staggered")
         for tokens in (16, 64, 100)
         if isinstance(
             StepProgram(config, layout, make_mesh(1), attention).positions(
-                mode, jnp.zeros(tokens, jnp.int32), jnp.dtype(jnp.bfloat16)
+                jnp.zeros(tokens, jnp.int32), jnp.dtype(jnp.bfloat16)
             ),
             Turner,
         )
     }
-    assert found == {("mosaic", "replicated", 64), ("mosaic", "was", 64)}
+    assert found == {("mosaic", 64)}
 
 
 def test_what_does_not_fit_is_an_error():

@@ -1,8 +1,9 @@
 """Compute as a service, lockstep: the activations of all replicas go to the owner of each layer.
 
-The owner runs both halves of the layer for every replica; queries, keys and values go home in
-between, since a request's KV cache never leaves its home. One replica works and the others wait, so
-this pays when a step has few tokens: the tail of a job. Source: the SiDP paper (arXiv 2605.28095).
+The owner runs both halves of the layer for every replica; projections go home in between, where
+heads are normed and turned, since a request's KV cache never leaves its home. One replica works and
+the others wait, so this pays when a step has few tokens: the tail of a job. Source: the SiDP paper
+(arXiv 2605.28095).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sidp_jax.modes.loop import (
     Index,
     LayerContext,
     Span,
+    head_scales,
     local_slab,
     loop_rows,
     run_resident,
@@ -33,16 +35,15 @@ def run_layers(
 ) -> tuple[jax.Array, KVCache]:
     """Runs all layers of a step at their owners. Like ``replicated.run_layers``."""
     head, *after = spans(context.layout)
-    positions = _gather(context.positions)
     size = context.layout.pool_size
-
     slab = local_slab(weights.pooled)
+    scales = head_scales(context.config, slab)
 
     def super_step(carry, k: Index, served: list[Span]):
         x, kv = carry
         row = take(slab, k)
         for owner, span in enumerate(served):
-            x, kv = _serve(context, row, owner, span.pooled, positions, x, kv)
+            x, kv = _serve(context, row, owner, scales, k * size + owner, span.pooled, x, kv)
             x, kv = run_resident(context, weights.resident, span, x, kv)
         return x, kv
 
@@ -55,16 +56,14 @@ def _serve(
     context: LayerContext,
     row: LayerParams,
     owner: int,
+    scales: jax.Array | None,
+    place: Index,
     layer: Index,
-    positions: jax.Array,
     x: jax.Array,
     kv: KVCache,
 ) -> tuple[jax.Array, KVCache]:
     """Runs one layer for all replicas on its owner, and attention at home."""
     bound = bind_layer(context.config, row)
-
-    def pre_attention(x: jax.Array) -> jax.Array:
-        return jnp.concatenate(bound.pre_attention(x, positions), axis=1)
 
     def post_attention(x: jax.Array, attended: jax.Array) -> jax.Array:
         return bound.post_attention(x, attended, context.reduce)
@@ -72,12 +71,11 @@ def _serve(
     with jax.named_scope("hop"):
         everyone = _gather(x)
     with jax.named_scope("pre_attention"):
-        qkv = _on_owner(owner, context.platform, pre_attention, everyone)
+        qkv = _on_owner(owner, context.platform, bound.project, everyone)
     with jax.named_scope("hop"):
         qkv = _send_home(qkv)
     with jax.named_scope("attention"):
-        q, k, v = context.split_heads(qkv)
-        attended, kv = context.attend(q, k, v, kv, layer)
+        attended, kv = context.attend_projection(qkv, scales, place, kv, layer)
     with jax.named_scope("hop"):
         attended = _gather(attended)
     with jax.named_scope("post_attention"):

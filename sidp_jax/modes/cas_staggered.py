@@ -2,10 +2,11 @@
 
 At stage ``s`` replica ``g`` is at layer ``s - g``, whose owner is ``(s - g) % W``: so at every
 stage each owner serves just one replica, ``g = (s - o) % W``, and nobody waits. An owner and the
-home that it serves exchange queries, keys, values and attention results by the reflection
+home that it serves exchange projections and attention results by the reflection
 ``o <-> (s - o) % W``, which is its own inverse; after the layer the activations move on to the next
-owner. All of these are permutations that repeat after ``W`` stages. Filling and draining cost
-``W - 1`` stages a step.
+owner. Heads are normed and turned at home, where their positions are: a projection travels as the
+product leaves it. All of these are permutations that repeat after ``W`` stages. Filling and
+draining cost ``W - 1`` stages a step.
 
 The GEMMs see one replica's tokens, as at home: the results have the same bits as ``replicated``,
 but with the ``mosaic`` kernels, which round in another order than XLA's GEMMs.
@@ -29,7 +30,7 @@ from sidp_jax.kernels.indexed_matmul import IndexedKernel
 from sidp_jax.kv_cache import KVCache
 from sidp_jax.mesh import POOL
 from sidp_jax.models.decoder import LayerParams, bind_layer
-from sidp_jax.modes.loop import Attend, Index, LayerContext, local_slab, take
+from sidp_jax.modes.loop import Index, LayerContext, head_scales, local_slab, take
 from sidp_jax.weights import LayerStack, Weights
 
 
@@ -65,27 +66,26 @@ class _Parts:
     """What is computed at a stage, each part traced once however many stages a program has.
 
     Attributes:
-        pre_attention: ``(params, guest, positions) -> qkv``, one message.
-        attend: ``(qkv, kv, layer, inside) -> (attended, kv)``.
+        pre_attention: ``(params, guest) -> qkv``, the projection.
+        attend: ``(qkv, scales, kv, layer, inside) -> (attended, kv)``.
         post_attention: ``(params, guest, attended) -> guest``.
     """
 
-    pre_attention: Callable[[LayerParams, jax.Array, jax.Array], jax.Array]
-    attend: Attend
+    pre_attention: Callable[[LayerParams, jax.Array], jax.Array]
+    attend: Callable[..., tuple[jax.Array, KVCache]]
     post_attention: Callable[[LayerParams, jax.Array, jax.Array], jax.Array]
 
     @classmethod
     def of(cls, context: LayerContext) -> _Parts:
         """The parts of this step's layers."""
 
-        def pre_attention(params, guest, positions):
+        def pre_attention(params, guest):
             with jax.named_scope("pre_attention"):
-                bound = bind_layer(context.config, params)
-                return jnp.concatenate(bound.pre_attention(guest, positions), axis=1)
+                return bind_layer(context.config, params).project(guest)
 
-        def attend(qkv, kv, layer, inside):
+        def attend(qkv, scales, kv, layer, inside):
             with jax.named_scope("attention"):
-                return context.attend(*context.split_heads(qkv), kv, layer, inside)
+                return context.attend_projection(qkv, scales, layer, kv, layer, inside)
 
         def post_attention(params, guest, attended):
             with jax.named_scope("post_attention"):
@@ -109,15 +109,15 @@ def run_layers(
             f"resident_layers={layout.resident_layers} must be 0 for the staggered schedule of cas"
         )
     size, layers = layout.pool_size, layout.num_layers
-    positions = jax.lax.all_gather(context.positions, POOL)
     slab = local_slab(weights.pooled)
+    scales = head_scales(context.config, slab)
     stages = [
         _Stage(s % size, s < size, s - (layers - 1) if s >= layers - 1 else None)
         for s in range(layers + size - 1)
     ]
     super_steps = [tuple(stages[first : first + size]) for first in range(0, len(stages), size)]
     moving = _Moving(guest=jnp.zeros_like(x), own=x, kv=kv)
-    run = partial(_super_step, context, _Parts.of(context), slab, positions)
+    run = partial(_super_step, context, _Parts.of(context), slab, scales)
     for shape, group in groupby(range(len(super_steps)), key=super_steps.__getitem__):
         numbers = list(group)
         if isinstance(slab, tuple) or len(numbers) == 1:
@@ -136,7 +136,7 @@ def _super_step(
     context: LayerContext,
     parts: _Parts,
     slab: LayerStack,
-    positions: jax.Array,
+    scales: jax.Array | None,
     stages: Sequence[_Stage],
     moving: _Moving,
     number: Index,
@@ -146,13 +146,12 @@ def _super_step(
     me = jax.lax.axis_index(POOL)
     for stage in stages:
         s = number * size + stage.phase
-        guest = (stage.phase - me) % size
         if stage.enters:
             entered = jax.lax.ppermute(moving.own, POOL, [(stage.phase, 0)])
             moving = replace(moving, guest=jnp.where(me == 0, entered, moving.guest))
         # Owners past the phase are still one row behind: their guest entered a round earlier.
         params = _row(slab, number, me > stage.phase, context.kernels)
-        x, kv = _serve(context, parts, params, positions[guest], s - me, stage.phase, moving)
+        x, kv = _serve(context, parts, params, scales, s - me, stage.phase, moving)
         moving = replace(moving, kv=kv, guest=x)
         if stage.leaves is not None:
             home = stage.leaves
@@ -167,7 +166,7 @@ def _serve(
     context: LayerContext,
     parts: _Parts,
     params: LayerParams,
-    positions: jax.Array,
+    scales: jax.Array | None,
     home_layer: jax.Array,
     phase: int,
     moving: _Moving,
@@ -178,7 +177,7 @@ def _serve(
         context: What every layer needs.
         parts: What is computed here.
         params: The layer that this owner runs.
-        positions: The guest's positions.
+        scales: Of all layers; see ``head_scales``.
         home_layer: The layer that the own tokens are at; outside the model before a replica has
             entered and after it has left.
         phase: The stage's phase.
@@ -186,12 +185,12 @@ def _serve(
     """
     size, layers = context.layout.pool_size, context.layout.num_layers
     exchange = [(owner, (phase - owner) % size) for owner in range(size)]
-    qkv = parts.pre_attention(params, moving.guest, positions)
+    qkv = parts.pre_attention(params, moving.guest)
     with jax.named_scope("hop"):
         qkv = jax.lax.ppermute(qkv, POOL, exchange)
     inside = (home_layer >= 0) & (home_layer < layers)
     layer = jnp.clip(home_layer, 0, layers - 1)
-    attended, kv = parts.attend(qkv, moving.kv, layer, inside)
+    attended, kv = parts.attend(qkv, scales, moving.kv, layer, inside)
     with jax.named_scope("hop"):
         attended = jax.lax.ppermute(attended, POOL, exchange)
     return parts.post_attention(params, moving.guest, attended), kv

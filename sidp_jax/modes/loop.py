@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sidp_jax.kv_cache import KVCache
-from sidp_jax.mesh import TENSOR
+from sidp_jax.mesh import POOL, TENSOR
 from sidp_jax.models.config import ModelConfig
-from sidp_jax.models.decoder import LayerParams, bind_layer
+from sidp_jax.models.decoder import LayerParams, bind_layer, turn_projection
 from sidp_jax.models.layers import HeadTurner
 from sidp_jax.pool import PoolLayout
 from sidp_jax.weights import LayerStack
@@ -40,8 +40,8 @@ class LayerContext:
     Attributes:
         config: The model's architecture.
         layout: Who owns what.
-        positions: Position of each token of this replica, ``[tokens]``; or what turns heads by
-            them, where a mode runs layers for no tokens but this replica's.
+        positions: Position of each token of this replica, ``[tokens]``, or what turns heads by
+            them.
         attend: Attention over this replica's KV cache.
         platform: ``cpu`` or ``gpu``: some collectives exist on one of them alone.
         kernels: Implementation of products with weights that the device picks:
@@ -61,11 +61,28 @@ class LayerContext:
         """The sum of what the devices of a replica have computed each."""
         return partial if self.tensor_size == 1 else jax.lax.psum(partial, TENSOR)
 
-    def split_heads(self, qkv: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values of one message, ``[tokens, all heads, head_dim]``."""
-        heads = self.config.num_heads // self.tensor_size
-        kv_heads = self.config.num_kv_heads // self.tensor_size
-        return jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+    def attend_projection(
+        self,
+        qkv: jax.Array,
+        scales: jax.Array | None,
+        place: Index,
+        kv: KVCache,
+        layer: Index,
+        active: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Norms and turns the heads of this replica's tokens, then attends.
+
+        Args:
+            qkv: The projection, computed by the layer's owner.
+            scales: See ``head_scales``.
+            place: The layer's place in them.
+            kv: This replica's cache.
+            layer: The layer's number in the model.
+            active: As for ``attend``.
+        """
+        of_layer = (None, None) if scales is None else tuple(scales[place])
+        heads = turn_projection(self.config, qkv, of_layer, self.positions)
+        return self.attend(*heads, kv, layer, *(() if active is None else (active,)))
 
     @cached_property
     def run_layer(
@@ -107,6 +124,27 @@ def take(stack: LayerStack, index: Index) -> LayerParams:
 def local_slab(pooled: LayerStack) -> LayerStack:
     """This replica's part of the slab, inside ``shard_map``, without the axis of the pool."""
     return jax.tree.map(lambda array: array[0], pooled)
+
+
+def head_scales(config: ModelConfig, slab: LayerStack) -> jax.Array | None:
+    """Scales of the norms of query and key heads of all pooled layers, from their owners.
+
+    Args:
+        config: The model's architecture.
+        slab: This replica's part of the slab.
+
+    Returns:
+        ``[rows * pool, 2, head_dim]``, in order of the layers; None where there are none.
+    """
+    if not config.qk_norm or not slab:
+        return None
+    names = "q_norm.scale", "k_norm.scale"
+    if isinstance(slab, tuple):
+        mine = jnp.stack([jnp.stack([row[name] for name in names]) for row in slab])
+    else:
+        mine = jnp.stack([slab[name] for name in names], axis=1)
+    everyone = jax.lax.all_gather(mine, POOL, axis=1)  # [rows, pool, 2, head_dim]
+    return everyone.reshape(-1, *mine.shape[1:])
 
 
 @dataclass(frozen=True)
