@@ -256,6 +256,29 @@ def test_a_request_that_cannot_run_is_refused_and_others_go_on(was_engine, greed
     assert tokens(run_requests(was_engine, {})) == {"good": greedy_tokens["r0"]}
 
 
+def test_what_nothing_was_computed_of_is_given_back_the_newest_first(was_engine):
+    requests = {f"w{i}": ([i + 2] * 5, greedy(n=1 + i % 2)) for i in range(20)}
+    for name, (prompt, params) in requests.items():
+        was_engine.add_request(name, prompt, params)
+    for _ in range(2):
+        was_engine.step()
+    waiting = {s.request_id for s in was_engine.scheduler.untouched()}
+    assert 5 < len(waiting) < len(requests)
+    given = was_engine.recall(3)
+    assert given == ["w19", "w18", "w17"]
+    was_engine.scheduler.check_integrity()
+    rest = set(was_engine.recall(100))
+    started = requests.keys() - rest - set(given)
+    assert rest < waiting
+    finished = set()
+    while was_engine.has_work:
+        finished |= {output.request_id for output in was_engine.step()}
+        was_engine.scheduler.check_integrity()
+    assert finished == started
+    assert was_engine.scheduler.kv_usage == 0
+    assert was_engine.recall(1) == []
+
+
 def test_abort_frees_everything(was_engine):
     for name, prompt in prompts().items():
         was_engine.add_request(name, prompt, greedy())
