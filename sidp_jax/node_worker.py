@@ -66,7 +66,8 @@ def _report(engine: Engine) -> Report:
 
 def main() -> None:
     """Builds the engine that the node asks for, and serves it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the node decides when to stop
+    for asked_to_stop in (signal.SIGINT, signal.SIGTERM):  # may go to all; the node decides
+        signal.signal(asked_to_stop, signal.SIG_IGN)
     number, descriptor = map(int, sys.argv[1:])
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s pool {number}: %(message)s"))
