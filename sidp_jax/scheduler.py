@@ -151,6 +151,7 @@ class Scheduler:
         ]
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # that sequences found in the prefix cache when they started
+        self._keyed: tuple[list[int], tuple[bytes, ...]] = ([], ())  # the last prompt, its keys
         self._num_started_tokens = 0
         self._waiting: list[tuple[int, Sequence]] = []  # a heap by seq_id: order of arrival
         self._pace = Pace(config.step_costs)
@@ -394,7 +395,9 @@ class Scheduler:
         if not self.config.prefix_caching or sequence.params.counts_tokens:
             return ()
         if sequence.page_keys is None:
-            sequence.page_keys = tuple(page_keys(sequence.prompt, page_size))
+            if self._keyed[0] is not sequence.prompt:  # which the samples of a request share
+                self._keyed = sequence.prompt, tuple(page_keys(sequence.prompt, page_size))
+            sequence.page_keys = self._keyed[1]
         return sequence.page_keys[: (sequence.num_tokens - 1) // page_size]
 
     def _register(self, sequence: Sequence) -> None:
