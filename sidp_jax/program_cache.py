@@ -8,6 +8,7 @@ is not found is traced and compiled as ever, and kept.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -134,7 +135,8 @@ class LoweredProgram:
 
     def _load(self, path: Path) -> jax.stages.Compiled:
         program, *trees = pickle.loads(path.read_bytes())
-        path.touch()
+        with contextlib.suppress(OSError):  # a folder that cannot be written may still be read
+            path.touch()
         devices = self.program.devices
         return serialize_executable.deserialize_and_load(
             program, *trees, backend=devices[0].client, execution_devices=devices
