@@ -44,6 +44,28 @@ def test_a_missing_model_and_missing_gpus_are_named_in_one_message(monkeypatch):
     assert "set output=" in message
 
 
+def test_every_pool_needs_its_own_gpus(folder, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(startup, "count_gpus", lambda: 6)
+    keys = {"platform": "gpu", "pool_size": 1, "tensor_parallel_size": 2}
+    check(config(folder, num_pools=3, **keys))
+    with pytest.raises(ConfigError, match=r"num_pools=4.* needs 8 GPUs.*shows 6"):
+        check(config(folder, num_pools=4, **keys))
+
+
+def test_visible_gpus_are_those_that_the_environment_names(monkeypatch, tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(startup, "Path", lambda _: tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert startup.visible_gpus() == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    assert startup.visible_gpus() == ["2", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert startup.visible_gpus() == []
+
+
 def test_an_incomplete_model_folder(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"holds no \*\.safetensors.*load_format=dummy"):
