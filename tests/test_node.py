@@ -185,7 +185,6 @@ def test_a_configuration_that_a_pool_refuses_is_an_error_that_says_which(make_no
 
 
 def test_each_pool_sees_its_own_gpus(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3")
     monkeypatch.setattr(node, "visible_gpus", lambda: ["7", "6", "5", "4", "3"])
     config = EngineConfig(
         model="m", platform="gpu", num_pools=2, pool_size=1, tensor_parallel_size=2
