@@ -93,7 +93,7 @@ def test_every_request_comes_back_from_some_pool(make_node):
     for name, output in outputs.items():
         assert output.outputs[0].token_ids == prompts[name][::-1]
         assert (output.prompt_token_ids, output.prompt) == (prompts[name], f"text of {name}")
-    assert all(len(engine.seen) >= 15 for engine in engines)
+    assert all(len(engine.seen) >= 8 for engine in engines)  # what each is given at first
     assert pools.stats.output_tokens == pools.stats.prompt_tokens == 180
     assert pools.stats.steps["was"] == sum(engine.stats.steps["was"] for engine in engines)
     assert (pools.kv_tokens, pools.max_concurrency, pools.mode) == (3 * 4096, 12, "was")
