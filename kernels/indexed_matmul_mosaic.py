@@ -29,10 +29,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sidp_jax.kernels.indexed_matmul import Weights
-from sidp_jax.kernels.mosaic import gpu_kernel
+from sidp_jax.kernels.mosaic import gpu_kernel, swizzled
 
 ROWS = 64  # rows of one wgmma
-SWIZZLE = 64  # bfloat16 values of the widest swizzled line of shared memory
 SHARED_BYTES = 232_448 - 2048  # of one block, less barriers and what the compiler takes
 MAX_STAGES = 12
 SHARES = ("inputs", "weights")
@@ -487,7 +486,6 @@ def _matmul(x, weights, row, *, config: TuningConfig, interpret):
 
 def _scratch(config: TuningConfig, dtype, out_dtype) -> list:
     c, stages = config, config.depth
-    ring = (plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(128))
     itemsize = jnp.dtype(out_dtype).itemsize
     chunk = c.out_chunk(itemsize)
     lines = (plgpu.TilingTransform((8, chunk)), plgpu.SwizzleTransform(chunk * itemsize))
@@ -499,8 +497,8 @@ def _scratch(config: TuningConfig, dtype, out_dtype) -> list:
     else:
         free = plgpu.Barrier(num_arrivals=c.consumers, num_barriers=stages)
     return [
-        plgpu.SMEM((stages, c.consumers, c.consumer_rows, c.block_inputs), dtype, transforms=ring),
-        plgpu.SMEM((stages, c.block_outputs, c.block_inputs), dtype, transforms=ring),
+        swizzled((stages, c.consumers, c.consumer_rows, c.block_inputs), dtype),
+        swizzled((stages, c.block_outputs, c.block_inputs), dtype),
         plgpu.SMEM(slots, out_dtype, transforms=lines),
         plgpu.Barrier(num_arrivals=1 + c.consumers, num_barriers=stages),
         free,
