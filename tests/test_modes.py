@@ -32,9 +32,9 @@ def run_mode(mode, config, layout, layer_loop, kernels="reference"):
     x = rng.standard_normal((layout.pool_size * TOKENS, config.hidden_size)).astype(np.float32)
 
     def local(weights, kv, x):
-        def attend(q, k, v, kv, layer, active=True):
+        def attend(q, k, v, kv, layer, active=None):
             slots = jnp.arange(TOKENS, dtype=jnp.int32) + PAGE_SIZE  # page 0 stays empty
-            slots = jnp.where(active, slots, -1)
+            slots = slots if active is None else jnp.where(active, slots, -1)
             kv = KVCache(*update_kv(kv.k, kv.v, k, v, layer, slots, implementation="reference"))
             attended = ragged_attention(
                 q,

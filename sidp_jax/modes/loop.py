@@ -82,7 +82,7 @@ class LayerContext:
         """
         of_layer = (None, None) if scales is None else tuple(scales[place])
         heads = turn_projection(self.config, qkv, of_layer, self.positions)
-        return self.attend(*heads, kv, layer, *(() if active is None else (active,)))
+        return self.attend(*heads, kv, layer, active)
 
     @cached_property
     def run_layer(
