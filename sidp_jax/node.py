@@ -24,11 +24,13 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sidp_jax.config import ConfigError, EngineConfig
+from sidp_jax.models.config import UnsupportedModelError
 from sidp_jax.pages import leading, page_keys
 from sidp_jax.progress import EngineStats
 from sidp_jax.request import RequestError, RequestOutput, SamplingParams, check_request
+from sidp_jax.safetensors_files import CheckpointError
 from sidp_jax.startup import resolve_platform, start_jax, visible_gpus
-from sidp_jax.tokenizer import load_tokenizer
+from sidp_jax.tokenizer import TokenizerError, load_tokenizer
 
 if TYPE_CHECKING:
     from sidp_jax.engine import Engine
@@ -41,6 +43,10 @@ _BLOCK = 256  # tokens by which beginnings are compared
 _MOST_BEGINNINGS = 1 << 16
 _PATIENCE_SECONDS = 0.2  # that a step waits for news
 _FAREWELL_SECONDS = 10
+
+
+REFUSALS = (ConfigError, UnsupportedModelError, CheckpointError, TokenizerError)
+"""What ``open_engine`` raises where the user has to change something; the message says what."""
 
 
 def open_engine(config: EngineConfig) -> Engine | Node:
@@ -92,11 +98,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Request:
-    """A request on its way to a pool."""
+    """A request that waits, or that a pool has; the prompt's text stays with the node."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    prompt: str | None
 
 
 @runtime_checkable
@@ -158,7 +165,6 @@ class Node:
         self.tokenizer = load_tokenizer(config.model_path)
         self.stats = EngineStats()
         self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._prompts: dict[str, str | None] = {}  # of all unfinished requests
         self._beginnings: OrderedDict[bytes, int] = OrderedDict()
         self._shares_beginnings = config.enable_prefix_caching
         self._pools: list[_Pool] = []
@@ -173,7 +179,6 @@ class Node:
         except BaseException:
             self.close()
             raise
-        self._facts = self._pools[0].facts
 
     def _start(self, config: EngineConfig, environments: Sequence[dict[str, str]]) -> None:
         """Starts processes and waits until they are ready."""
@@ -237,15 +242,16 @@ class Node:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything left to do."""
-        return bool(self._prompts)
+        return bool(self._waiting) or any(pool.requests for pool in self._pools)
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises RequestError where a request can never run, without queueing anything."""
+        facts = self._pools[0].facts
         check_request(
             prompt_token_ids,
             params,
-            max_model_len=self._facts.max_model_len,
-            vocab_size=self._facts.vocab_size,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
             has_tokenizer=self.tokenizer is not None,
         )
 
@@ -257,17 +263,13 @@ class Node:
         prompt: str | None = None,
     ) -> None:
         """Queues a request; as ``Engine.add_request``."""
-        if request_id in self._prompts:
+        if request_id in self._waiting or any(request_id in p.requests for p in self._pools):
             raise RequestError(f"request id {request_id!r} is already in use by a running request")
         self.check_request(prompt_token_ids, params)
-        self._prompts[request_id] = prompt
-        self._waiting[request_id] = Request(request_id, list(prompt_token_ids), params)
+        self._waiting[request_id] = Request(request_id, list(prompt_token_ids), params, prompt)
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ones are ignored."""
-        if request_id not in self._prompts:
-            return
-        del self._prompts[request_id]
         self._waiting.pop(request_id, None)
         for pool in self._pools:
             if request_id in pool.requests:
@@ -300,7 +302,7 @@ class Node:
             pool = self._choose(open_pools, request.prompt_token_ids)
             pool.requests[request.request_id] = request
             pool.num_sequences += request.params.n
-            pool.send("add", request)
+            pool.send("add", (request.request_id, request.prompt_token_ids, request.params))
 
     def _choose(self, pools: list[_Pool], prompt: list[int]) -> _Pool:
         least = min(pools, key=lambda pool: pool.num_sequences)
@@ -353,7 +355,7 @@ class Node:
             if output.request_id in pool.requests:
                 request = self._take(pool, output.request_id)
                 output.prompt_token_ids = request.prompt_token_ids
-                output.prompt = self._prompts.pop(output.request_id)
+                output.prompt = request.prompt
                 finished.append(output)
         return finished
 

@@ -11,11 +11,8 @@ from dataclasses import fields, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from sidp_jax.config import ConfigError
-from sidp_jax.models.config import UnsupportedModelError
-from sidp_jax.node import Facts, Load, Report, open_engine
-from sidp_jax.safetensors_files import CheckpointError
-from sidp_jax.tokenizer import TokenizerError
+from sidp_jax.node import REFUSALS, Facts, Load, Report, open_engine
+from sidp_jax.progress import log_to
 
 if TYPE_CHECKING:
     from sidp_jax.engine import Engine
@@ -28,9 +25,9 @@ def serve(engine: Engine, connection: Connection) -> None:
 
     Args:
         engine: Runs the requests.
-        connection: To the node. It takes ``("add", Request)``, ``("abort", id)``, ``("recall",
-            count)`` and ``("end", None)``, and gives ``("step", (outputs, Report))`` and
-            ``("recalled", ids)``.
+        connection: To the node. It takes ``("add", (id, prompt_token_ids, params))``, ``("abort",
+            id)``, ``("recall", count)`` and ``("end", None)``, and gives ``("step", (outputs,
+            Report))`` and ``("recalled", ids)``.
     """
     reported = 0.0
     while True:
@@ -39,7 +36,7 @@ def serve(engine: Engine, connection: Connection) -> None:
             if kind == "end":
                 return
             if kind == "add":
-                engine.add_request(content.request_id, content.prompt_token_ids, content.params)
+                engine.add_request(*content)
             elif kind == "abort":
                 engine.abort(content)
             else:
@@ -71,15 +68,13 @@ def main() -> None:
     number, descriptor = map(int, sys.argv[1:])
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s pool {number}: %(message)s"))
-    package = logging.getLogger("sidp_jax")
-    package.handlers[:], package.propagate = [handler], False
-    package.setLevel(logging.INFO)
+    log_to(handler)
     connection = Connection(descriptor)
     try:
         _, config = connection.recv()
         try:
             engine = open_engine(config)
-        except (ConfigError, UnsupportedModelError, CheckpointError, TokenizerError) as error:
+        except REFUSALS as error:
             connection.send(("refused", str(error)))
             return
         facts = Facts(

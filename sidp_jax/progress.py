@@ -20,6 +20,14 @@ LOG_SECONDS = 10.0
 _BAR_SECONDS = 0.5
 
 
+def log_to(handler: logging.Handler) -> None:
+    """Sends all that this package logs, from INFO on, to one handler and nowhere else."""
+    package = logging.getLogger("sidp_jax")
+    package.handlers[:] = [handler]
+    package.setLevel(logging.INFO)
+    package.propagate = False
+
+
 @dataclass
 class EngineStats:
     """What an engine has done so far.

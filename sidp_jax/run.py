@@ -17,13 +17,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from sidp_jax.config import ConfigError, load_config
+from sidp_jax.config import load_config
 from sidp_jax.job import Interrupted, Job, JobEngine, JobSummary
-from sidp_jax.models.config import UnsupportedModelError
-from sidp_jax.node import open_engine
-from sidp_jax.safetensors_files import CheckpointError
+from sidp_jax.node import REFUSALS, open_engine
+from sidp_jax.progress import log_to
 from sidp_jax.startup import check
-from sidp_jax.tokenizer import TokenizerError
 
 SUCCESS, FAILURE, USAGE, SOME_ROWS_FAILED = 0, 1, 2, 3
 
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(config, job=True)
         with Job.open(config) as job:
             summary, engine = _run(job, console)
-    except (ConfigError, UnsupportedModelError, CheckpointError, TokenizerError) as error:
+    except REFUSALS as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except (Interrupted, KeyboardInterrupt):
@@ -86,10 +84,7 @@ def _set_up_logging(console: Console) -> None:
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger("sidp_jax")
-    package.handlers[:] = [handler]
-    package.setLevel(logging.INFO)
-    package.propagate = False
+    log_to(handler)
 
 
 def _run(job: Job, console: Console) -> tuple[JobSummary, JobEngine | None]:
