@@ -2,9 +2,9 @@
 
 Two kernels share one entry, `ragged_attention_mosaic`:
 
-- decode (`ragged_decode_mosaic`): rows with one query. The line of all tiles is cut into equal
-  pieces; a third, small kernel merges the results of what the cuts divide.
 - prefill (`ragged_prefill_mosaic`): rows with more queries, after FlashAttention 3, in two forms.
+- decode (`ragged_decode_mosaic`): rows with one query. The line of all tiles is cut into equal
+  pieces; who ends what a cut divides takes in the results of the others.
 
 What they do with one tile of K and V is in `ragged_tiles_mosaic`, and so is `TuningConfig`, which
 both need; it is imported from here.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sidp_jax.kernels.mosaic import in_place
-from sidp_jax.kernels.ragged_decode_mosaic import MIN_TILES, call_decode, call_merge, decode_plan
+from sidp_jax.kernels.ragged_decode_mosaic import MIN_TILES, call_decode, decode_plan
 from sidp_jax.kernels.ragged_prefill_mosaic import call_prefill, prefill_plan
 from sidp_jax.kernels.ragged_tiles_mosaic import (
     LOG2E,
@@ -134,16 +134,14 @@ def _attend(
         block_kv=config.decode_block_kv,
         workers=config.decode_workers,
     )
-    out, parts, stats = call_decode(q, shared, rows, static, interpret)
-    out_ref = in_place(out, interpret=bool(interpret))
-    call_merge(out_ref, parts, stats, rows, static, interpret)
     tiles = prefill_plan(
         query_starts,
         context_lens,
         tokens=tokens,
         block_q=2 * ROWS // (2 if groups % 2 == 0 else 1),
     )
-    out = out_ref[...].reshape(padded, heads, head_dim)
-    out_ref = in_place(out, interpret=bool(interpret))
-    call_prefill(out_ref, q, shared, tiles, static, interpret)
-    return out_ref[...][:tokens]
+    out, flags = call_prefill(q, shared, tiles, static, interpret)
+    out_ref = in_place(out.reshape(-1, head_dim), interpret=bool(interpret))
+    flags_ref = in_place(flags, interpret=bool(interpret))
+    call_decode(out_ref, flags_ref, q, shared, rows, static, interpret)
+    return out_ref[...].reshape(padded, heads, head_dim)[:tokens]

@@ -1,9 +1,12 @@
-"""Ragged decode for Hopper: the rows with one query, and the merge of those that were cut.
+"""Ragged decode for Hopper: the rows with one query.
 
 All tiles of all (row, K/V head) pairs lie in one line, which is cut into equal pieces, one per
-worker; so lengths do not matter for balance, and long sequences are split. A pair cut by a boundary
-leaves partial results, which a second, small kernel merges.
+worker; so lengths do not matter for balance, and long sequences are split. Each worker takes its
+piece from the end: what it has of a pair that the next worker ends is computed first, written as a
+part, and long there when that worker has come to its own first tiles, and merges.
 (Stream-K: Osama et al. 2023; merging by log-sum-exp: Dao et al., Flash-Decoding, 2023.)
+A worker waits for workers before it alone, in the order in which the GPU starts thread blocks: so
+none waits for one that has no room to run.
 
 A worker is a producer warpgroup, which moves K and V through a ring in shared memory, and a
 consumer. The query heads that share a K/V head are rows of one `wgmma`; its other rows are never
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from sidp_jax.kernels.mosaic import gpu_kernel, load, swizzled
+from sidp_jax.kernels.mosaic import await_flag, gpu_kernel, load, raise_flag, swizzled
 from sidp_jax.kernels.ragged_tiles_mosaic import (
     LOG2E,
     ROW_LAYOUT,
@@ -51,7 +54,7 @@ class DecodePlan(NamedTuple):
     tiles: Int[Array, " seqs"]  # tiles of one K/V head
     starts: Int[Array, " seqs_plus_1"]  # first tile of the row in the line of all tiles
     worker_starts: Int[Array, " workers_plus_1"]  # first tile of each worker
-    worker_rows: Int[Array, " workers_plus_1"]  # the decode row it lies in
+    worker_rows: Int[Array, " workers"]  # the decode row of its last tile
 
 
 def decode_plan(
@@ -75,35 +78,19 @@ def decode_plan(
     share, rest = starts[-1] // used, starts[-1] % used
     worker = jnp.arange(workers + 1, dtype=jnp.int32)
     worker_starts = jnp.minimum(worker, used) * share + jnp.minimum(worker, rest)
-    worker_rows = jnp.sum(worker_starts[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
+    worker_rows = jnp.sum(worker_starts[1:, None] > starts[None, 1:], axis=1, dtype=jnp.int32)
     worker_rows = jnp.minimum(worker_rows, seqs - 1)
     return DecodePlan(query_starts[row], row, context, tiles, starts, worker_starts, worker_rows)
 
 
-class _DecodeRow(NamedTuple):
-    """What the plan says of one decode row, loaded ahead of its use."""
+class _Segment(NamedTuple):
+    """The part of one (row, K/V head) pair that a worker computes in one go."""
 
-    token: Any
-    row: Any
-    context: Any
-    tiles: Any
-    start: Any
-    end: Any
-
-
-def _decode_row(plan: DecodePlan, d) -> _DecodeRow:
-    d = jnp.minimum(d, plan.row.shape[0] - 1)
-    row = (plan.token[d], plan.row[d], plan.context[d], plan.tiles[d])
-    return _DecodeRow(*row, plan.starts[d], plan.starts[d + 1])
-
-
-def _segment(row: _DecodeRow, position, end):
-    """The part of one (row, K/V head) pair that begins at `position` and ends before `end`."""
-    offset = position - row.start
-    head = lax.div(offset, row.tiles)
-    first = offset - head * row.tiles
-    count = jnp.minimum(row.tiles - first, end - position)
-    return head, first, count
+    query: Any  # the first of its query heads, among those of all tokens
+    context: Any  # of the row
+    first: Any  # tile
+    count: Any  # of tiles
+    ends: Any  # 1 if the pair's last tile is among them
 
 
 def _decode_kernel(
@@ -121,8 +108,9 @@ def _decode_kernel(
     interpret: bool,
 ):
     plan = DecodePlan(*refs[:7])
-    out_ref, part_ref, stat_ref, q_smem, o_smem, k_smem, v_smem, stat_smem = refs[7:15]
-    q_full, q_free, k_full, v_full, k_free, v_free = refs[15:]
+    out_ref, flags_ref, part_ref, stat_ref, *refs = refs[7:]
+    q_smem, o_smem, k_smem, v_smem, stat_smem, told, *refs = refs
+    q_full, q_free, k_full, v_full, k_free, v_free, parts_there, part_full = refs
     head_dim = q_ref.shape[1]
     page_size = k_ref.shape[1]
     block, streams = config.decode_block_kv, config.decode_streams
@@ -132,7 +120,6 @@ def _decode_kernel(
     worker = lax.axis_index("block") * streams + stream
     begin = plan.worker_starts[worker]
     end = plan.worker_starts[worker + 1]
-    first_row = plan.worker_rows[worker]
 
     def in_ring(step, stages: int):
         slot = lax.rem(step, jnp.int32(stages))
@@ -144,15 +131,24 @@ def _decode_kernel(
         layer_base = layer_ref[0] * (kv_heads * num_pages)
 
         def segment(carry):
-            position, d, step, segments = carry
-            row = _decode_row(plan, d)
-            head, first, count = _segment(row, position, end)
-            query = row.token * (kv_heads * groups) + head * groups
+            position, d, step, segments, _ = carry
+            row, row_begin = plan.row[d], plan.starts[d]
+            context, tiles = plan.context[d], plan.tiles[d]
+            head = lax.div(position - 1 - row_begin, tiles)
+            pair = row_begin + head * tiles
+            start = jnp.maximum(pair, begin)
+            first, count = start - pair, position - start
+            query = plan.token[d] * (kv_heads * groups) + head * groups
+            ends = (position == pair + tiles).astype(jnp.int32)
             pl.when(segments > 0)(lambda: plgpu.barrier_wait(q_free.at[stream]))
+            # Told with the queries, so that the consumer need not wait for memory here.
+            for place, value in enumerate(_Segment(query, context, first, count, ends)):
+                told[stream, lax.rem(segments, jnp.int32(2)), place] = value
+            plgpu.commit_smem()  # by all of this warpgroup: nobody writes these once more, later
             source = q_ref.at[pl.ds(query, groups)]
             destination = q_smem.at[stream, pl.ds(0, groups)]
             plgpu.copy_gmem_to_smem(source, destination, q_full.at[stream])
-            last_page = cdiv(row.context, page_size) - 1
+            last_page = cdiv(context, page_size) - 1
             base = layer_base + head * num_pages
 
             def tile(i, _):
@@ -176,16 +172,25 @@ def _decode_kernel(
                     k_full.at[k_barrier],
                     v_full.at[v_barrier],
                     waits,
-                    at=(row.row, base, first + i, last_page, block, page_size),
+                    at=(row, base, first + i, last_page, block, page_size),
                 )
 
             lax.fori_loop(0, count, tile, None)
-            position = position + count
-            d = jnp.where(position == row.end, d + 1, d)
-            return position, d, step + count, segments + 1
+            d = jnp.where(start == row_begin, d - 1, d)
+            return start, d, step + count, segments + 1, jnp.where(ends == 1, pair, begin)
 
-        carry = (begin, first_row, jnp.int32(0), jnp.int32(0))
-        _, _, step, segments = lax.while_loop(lambda c: c[0] < end, segment, carry)
+        carry = (end, plan.worker_rows[worker], jnp.int32(0), jnp.int32(0), begin)
+        _, _, step, segments, pair = lax.while_loop(lambda c: c[0] > begin, segment, carry)
+
+        @pl.when(pair < begin)
+        def _wait_for_parts():
+            def part(u):
+                await_flag(flags_ref.at[u], interpret=interpret)
+                return u - 1
+
+            lax.while_loop(lambda u: plan.worker_starts[u + 1] > pair, part, worker - 1)
+            plgpu.barrier_arrive(parts_there.at[stream])
+
         drain(step, k_stages, (k_free,), stream * k_stages)
         drain(step, v_stages, (v_free,), stream * v_stages)
         drain(segments, 1, (q_free,), stream)
@@ -194,16 +199,22 @@ def _decode_kernel(
     def _consumer():
         plgpu.set_max_registers(208 if streams <= 2 else 152, action="increase")
         o = o_smem.at[stream]
-        rows = pl.ds(0, groups)
+        part_rows = pl.ds(0, part_ref.shape[2])
+
+        def listen(segment) -> _Segment:
+            # Of two slots: ptxas may read as late as where a number is used, when the producer has
+            # been told that the queries are free.
+            slot = lax.rem(segment, jnp.int32(2))
+            return _Segment(*(told[stream, slot, place] for place in range(len(_Segment._fields))))
+
+        def write(query):
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o.at[pl.ds(0, groups)], out_ref.at[pl.ds(query, groups)])
 
         def segment(carry):
-            position, d, step, row = carry
-            head, first, count = _segment(row, position, end)
-            after = position + count
-            next_d = jnp.where(after == row.end, d + 1, d)
-            next_row = _decode_row(plan, next_d)  # arrives while this segment is computed
-            context = row.context
+            position, step, segments, _ = carry
             plgpu.barrier_wait(q_full.at[stream])
+            query, context, first, count, ends = listen(segments)
             # Rows past `groups` hold what was there before: they stay apart.
             q = _load(q_smem.at[stream], plgpu.Layout.WGMMA, interpret=interpret)
 
@@ -239,31 +250,83 @@ def _decode_kernel(
             rounded = acc.astype(q_ref.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o[...] = rounded
-            complete = count == row.tiles
+            whole = (first == 0) & (ends == 1)
+            pl.when(whole)(lambda: write(query))
 
-            @pl.when(complete)
-            def _write():
-                query = row.token * (kv_heads * groups) + head * groups
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o.at[rows], out_ref.at[pl.ds(query, groups)])
+            @pl.when(jnp.logical_not(whole))
+            def _keep_part():
+                # High and low halves: as good as float32.
+                low = (acc - rounded.astype(jnp.float32)).astype(q_ref.dtype)
+                stat_smem[stream, 0] = peak + jnp.log(total) * LOG2E
 
-            @pl.when(jnp.logical_not(complete))
-            def _write_part():
-                part = 2 * worker + (position != begin).astype(jnp.int32)
-                stat_smem[stream] = peak + jnp.log(total) * LOG2E
-                plgpu.commit_smem()
-                # High and low halves: as good as float32, through the same buffer.
-                plgpu.copy_smem_to_gmem(o.at[rows], part_ref.at[part, 0, rows])
-                plgpu.copy_smem_to_gmem(stat_smem.at[stream], stat_ref.at[part])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                o[...] = (acc - rounded.astype(jnp.float32)).astype(q_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o.at[rows], part_ref.at[part, 1, rows])
+                @pl.when(ends == 1)
+                def _here():
+                    q_smem[stream] = low  # after this segment there are no queries
 
-            return after, next_d, step + count, next_row
+                @pl.when(ends == 0)
+                def _for_the_next_worker():
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(o.at[part_rows], part_ref.at[worker, 0])
+                    plgpu.copy_smem_to_gmem(stat_smem.at[stream, 0], stat_ref.at[worker])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    o[...] = low
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(o.at[part_rows], part_ref.at[worker, 1])
+                    plgpu.wait_smem_to_gmem(0)
+                    raise_flag(flags_ref.at[worker], interpret=interpret)
 
-        carry = (begin, first_row, jnp.int32(0), _decode_row(plan, first_row))
-        lax.while_loop(lambda c: c[0] < end, segment, carry)
+            pair = jnp.where(ends == 1, position - count - first, begin)
+            return position - count, step + count, segments + 1, pair
+
+        carry = (end, jnp.int32(0), jnp.int32(0), begin)
+        _, _, segments, pair = lax.while_loop(lambda c: c[0] > begin, segment, carry)
+
+        @pl.when(pair < begin)
+        def _merge():
+            plgpu.barrier_wait(parts_there.at[stream])
+            read = functools.partial(_load, interpret=interpret)
+
+            def send_for(u):
+                slot = lax.rem(worker - 1 - u, jnp.int32(v_stages))
+                barrier = part_full.at[stream * v_stages + slot]
+                for i, ring in enumerate((k_smem, v_smem)):
+                    target = ring.at[stream, slot, part_rows]
+                    plgpu.copy_gmem_to_smem(part_ref.at[u, i], target, barrier)
+                plgpu.copy_gmem_to_smem(stat_ref.at[u], stat_smem.at[stream, slot], barrier)
+
+            def part(carry):
+                u, acc, peak, total = carry
+                slot = lax.rem(worker - 1 - u, jnp.int32(v_stages))
+                plgpu.barrier_wait(part_full.at[stream * v_stages + slot])
+                high, low = (
+                    read(ring.at[stream, slot, pl.ds(0, ROWS)], plgpu.Layout.WGMMA)
+                    for ring in (k_smem, v_smem)
+                )
+                stat = read(stat_smem.at[stream, slot], ROW_LAYOUT)
+                plgpu.commit_smem()  # everybody has read the slot
+                pl.when(in_pair(u - v_stages))(lambda: send_for(u - v_stages))
+                other = high.astype(jnp.float32) + low.astype(jnp.float32)
+                new_peak = jnp.maximum(peak, stat)
+                shrink, weight = jnp.exp2(peak - new_peak), jnp.exp2(stat - new_peak)
+                shape = acc.shape
+                acc = acc * over_keys(shrink, shape) + other * over_keys(weight, shape)
+                return u - 1, acc, new_peak, total * shrink + weight
+
+            def in_pair(u):
+                return plan.worker_starts[jnp.maximum(u + 1, 0)] > pair
+
+            high, low = (read(x, plgpu.Layout.WGMMA) for x in (o, q_smem.at[stream]))
+            acc = high.astype(jnp.float32) + low.astype(jnp.float32)
+            peak = read(stat_smem.at[stream, 0], ROW_LAYOUT)
+            plgpu.commit_smem()  # everybody has read it
+            for ahead in range(v_stages):
+                u = worker - 1 - ahead
+                pl.when(in_pair(u))(lambda u=u: send_for(u))
+            state = (worker - 1, acc, peak, filled((ROWS,), 1.0, interpret=interpret))
+            _, acc, _, total = lax.while_loop(lambda c: in_pair(c[0]), part, state)
+            o[...] = (acc * over_keys(1.0 / total, acc.shape)).astype(q_ref.dtype)
+            write(listen(segments - 1).query)
+
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -273,88 +336,18 @@ def _load(ref, layout, *, interpret: bool):
     return load(ref, layout)
 
 
-def _merge_kernel(
-    part_ref,  # [2 * workers, 2, groups, head_dim]
-    stat_ref,  # [2 * workers, 64]
-    *refs,
-    kv_heads: int,
-    groups: int,
-    interpret: bool,
-):
-    """Merge the parts of the pair that a worker's start cuts, if no earlier start cuts it too."""
-    plan = DecodePlan(*refs[:7])
-    out_ref, part_smem, stat_smem, barriers = refs[7:]
-    worker = lax.axis_index("block") + 1
-    place = plan.worker_starts[worker]
-    before = plan.worker_starts[worker - 1]
-    d = plan.worker_rows[worker]
-    tiles = plan.tiles[d]
-    last = plan.starts[plan.starts.shape[0] - 1]
-    offset = place - plan.starts[d]
-    head = lax.div(offset, jnp.maximum(tiles, 1))
-    begin = plan.starts[d] + head * tiles
-    end = begin + tiles
-
-    @pl.when((place < last) & (begin < place) & (before <= begin))
-    def _merge():
-        rows = pl.ds(0, groups)
-
-        def send_for(part, slot):
-            for i in range(2):
-                source = part_ref.at[part, i, rows]
-                plgpu.copy_gmem_to_smem(source, part_smem.at[slot, i, rows], barriers.at[slot])
-            plgpu.copy_gmem_to_smem(stat_ref.at[part], stat_smem.at[slot], barriers.at[slot])
-
-        def receive(slot):
-            plgpu.barrier_wait(barriers.at[slot])
-            read = functools.partial(_load, interpret=interpret)
-            high, low = (
-                read(part_smem.at[slot, i], plgpu.Layout.WGMMA).astype(jnp.float32)
-                for i in range(2)
-            )
-            return high + low, read(stat_smem.at[slot], ROW_LAYOUT)
-
-        # Nearly always there are two parts: the end of one worker, and the beginning of the next.
-        send_for(2 * (worker - 1) + (before < begin).astype(jnp.int32), 0)
-        send_for(2 * worker, 1)
-        value, peak = receive(0)
-        total = filled((ROWS,), 1.0, interpret=interpret)
-
-        def more(carry):
-            u, value, peak, total = carry
-            other, stat = receive(1)
-            new_peak = jnp.maximum(peak, stat)
-            shrink, weight = jnp.exp2(peak - new_peak), jnp.exp2(stat - new_peak)
-            shape = value.shape
-            value = value * over_keys(shrink, shape) + other * over_keys(weight, shape)
-            plgpu.commit_smem()  # everybody has read the slot
-            pl.when(plan.worker_starts[u + 1] < end)(lambda: send_for(2 * (u + 1), 1))
-            return u + 1, value, new_peak, total * shrink + weight
-
-        state = (worker, value, peak, total)
-        in_pair = lambda c: plan.worker_starts[c[0]] < end  # noqa: E731
-        _, value, _, total = lax.while_loop(in_pair, more, state)
-        value = value * over_keys(1.0 / total, value.shape)
-        part_smem[0, 0] = value.astype(out_ref.dtype)
-        plgpu.commit_smem()
-        query = plan.token[d] * (kv_heads * groups) + head * groups
-        plgpu.copy_smem_to_gmem(part_smem.at[0, 0, rows], out_ref.at[pl.ds(query, groups)])
-        plgpu.wait_smem_to_gmem(0)
-
-
-def call_decode(q, shared, plan, static, interpret):
-    """Attend the decode rows; returns results, parts of cut pairs, their log2-sum-exp."""
+def call_decode(out_ref, flags_ref, q, shared, plan, static, interpret):
+    """Write the results of the decode rows into `out_ref`; the flags of all workers must be 0."""
     config, groups, head_dim = static["config"], static["groups"], q.shape[2]
     block, streams = config.decode_block_kv, config.decode_streams
     k_stages, v_stages = config.decode_stages, config.decode_stages - 1
     copies = max(1, block // shared[0].shape[1])
-    parts = 2 * config.decode_workers
+    parts = config.decode_workers
     tile = (ROWS, head_dim)
     kernel = gpu_kernel(
         functools.partial(_decode_kernel, **static),
         out_type=[
-            jax.ShapeDtypeStruct((q.shape[0] * q.shape[1], head_dim), q.dtype),
-            jax.ShapeDtypeStruct((parts, 2, groups, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((parts, 2, -(-groups // 8) * 8, head_dim), q.dtype),
             jax.ShapeDtypeStruct((parts, ROWS), jnp.float32),
         ],
         scratch=[
@@ -362,42 +355,20 @@ def call_decode(q, shared, plan, static, interpret):
             row_buffer((streams, *tile), q.dtype, groups),
             swizzled((streams, k_stages, block, head_dim), q.dtype),
             swizzled((streams, v_stages, block, head_dim), q.dtype),
-            plgpu.SMEM((streams, ROWS), jnp.float32),
+            plgpu.SMEM((streams, v_stages, ROWS), jnp.float32),
+            plgpu.SMEM((streams, 2, 8), jnp.int32),
             plgpu.Barrier(num_barriers=streams),
             plgpu.Barrier(num_barriers=streams),
             plgpu.Barrier(num_arrivals=copies, num_barriers=streams * k_stages),
             plgpu.Barrier(num_arrivals=copies, num_barriers=streams * v_stages),
             plgpu.Barrier(num_barriers=streams * k_stages),
             plgpu.Barrier(num_barriers=streams * v_stages),
+            plgpu.Barrier(num_barriers=streams),
+            plgpu.Barrier(num_arrivals=3, num_barriers=streams * v_stages),
         ],
         grid=config.num_sms,
         warpgroups=2 * streams,
         name="ragged_decode",
         interpret=interpret,
     )
-    return kernel(q.reshape(-1, head_dim), *shared, *plan)
-
-
-def call_merge(out_ref, parts, stats, plan, static, interpret):
-    """Write the results of cut pairs into `out_ref`."""
-    groups, head_dim = static["groups"], parts.shape[-1]
-    workers = static["config"].decode_workers
-    if workers == 1:
-        return
-    kernel = gpu_kernel(
-        functools.partial(
-            _merge_kernel,
-            kv_heads=static["kv_heads"],
-            groups=groups,
-            interpret=static["interpret"],
-        ),
-        scratch=[
-            row_buffer((2, 2, ROWS, head_dim), parts.dtype, groups),
-            plgpu.SMEM((2, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=2),
-        ],
-        grid=workers - 1,
-        name="ragged_decode_merge",
-        interpret=interpret,
-    )
-    kernel(parts, stats, *plan, out_ref)
+    kernel(q.reshape(-1, head_dim), *shared, *plan, out_ref, flags_ref)

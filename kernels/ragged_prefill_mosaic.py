@@ -14,6 +14,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -170,8 +171,8 @@ def _prefill_kernel(
     interpret: bool,
 ):
     plan = PrefillPlan(*refs[:8])
-    out_ref, q_smem, o_smem, k_smem, v_smem = refs[8:13]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[13:]
+    out_ref, flags_ref, q_smem, o_smem, k_smem, v_smem = refs[8:14]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[14:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
@@ -183,6 +184,7 @@ def _prefill_kernel(
     @pl.when(wg == 2)
     def _producer():
         plgpu.set_max_registers(40, action="decrease")
+        _lower_flags(flags_ref, config)
         layer_base = layer_ref[0] * (kv_heads * num_pages)
 
         def body(carry):
@@ -320,8 +322,8 @@ def _chained_prefill_kernel(
     first is the one that causality cuts.
     """
     plan = PrefillPlan(*refs[:8])
-    out_ref, q_smem, o_smem, k_smem, v_smem = refs[8:13]
-    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[13:]
+    out_ref, flags_ref, q_smem, o_smem, k_smem, v_smem = refs[8:14]
+    q_full, q_free, k_full, v_full, k_free, v_free, turn = refs[14:]
     head_dim = q_ref.shape[2]
     page_size = k_ref.shape[1]
     block, stages = config.prefill_block_kv, config.prefill_stages
@@ -341,6 +343,7 @@ def _chained_prefill_kernel(
     @pl.when(wg == 2)
     def _producer():
         plgpu.set_max_registers(40, action="decrease")
+        _lower_flags(flags_ref, config)
         layer_base = layer_ref[0] * (kv_heads * num_pages)
 
         def body(carry):
@@ -538,6 +541,12 @@ def _chained_prefill_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
+def _lower_flags(flags_ref, config: TuningConfig) -> None:
+    """Zero the flags of this block's decode workers, whose kernel comes next."""
+    for i in range(config.decode_streams):
+        flags_ref[lax.axis_index("block") * config.decode_streams + i] = jnp.int32(0)
+
+
 def _store_rows(o_smem, out_ref, token, head, start, end):
     """Store the rows of a tile that belong to [start, end), in pieces of a power of two."""
     low = jnp.maximum(start - token, 0)
@@ -554,8 +563,10 @@ def _store_rows(o_smem, out_ref, token, head, start, end):
         size //= 2
 
 
-def call_prefill(out_ref, q, shared, plan, static, interpret):
-    """Write the results of the prefill rows into `out_ref`; padding gets zeros."""
+def call_prefill(q, shared, plan, static, interpret):
+    """Attend the prefill rows; returns results, zeros for padding, and a lowered flag for each
+    decode worker.
+    """
     config, head_dim = static["config"], q.shape[2]
     block, stages = config.prefill_block_kv, config.prefill_stages
     copies = max(1, block // shared[0].shape[1])
@@ -568,6 +579,10 @@ def call_prefill(out_ref, q, shared, plan, static, interpret):
     turn = plgpu.Barrier(num_arrivals=2) if apart else plgpu.Barrier(num_barriers=2)
     kernel = gpu_kernel(
         functools.partial(_prefill_kernel if apart else _chained_prefill_kernel, **static),
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((config.decode_workers,), jnp.int32),
+        ],
         scratch=[
             swizzled((*queries, ROWS, head_dim), q.dtype),
             plgpu.SMEM((2, ROWS, head_dim), q.dtype),
@@ -586,4 +601,4 @@ def call_prefill(out_ref, q, shared, plan, static, interpret):
         name="ragged_prefill",
         interpret=interpret,
     )
-    kernel(q, *shared, *plan, out_ref)
+    return kernel(q, *shared, *plan)

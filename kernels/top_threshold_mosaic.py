@@ -154,6 +154,7 @@ def top_threshold_mosaic(
             plgpu.SMEM((LANES,), jnp.int32),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
         ],
+        reduction_bytes=512,
         interpret=interpret,
     )(lax.bitcast_convert_type(padded, jnp.int32), floor, top_k, top_p)
     return lax.bitcast_convert_type(found[:, 0], jnp.float32)

@@ -109,7 +109,7 @@ def test_decode_plan_cuts_all_tiles_into_equal_pieces(seed):
     assert len(pieces) == min(workers, max(1, len(line) // MIN_TILES))
     for worker in range(workers):
         if edges[worker] < edges[worker + 1]:
-            assert plan.worker_rows[worker] == line[edges[worker]]
+            assert plan.worker_rows[worker] == line[edges[worker + 1] - 1]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -190,8 +190,15 @@ def check_interpreted(rows, tokens, *, heads, kv_heads=1, padding=3, **config):
 
 
 def test_kernels_interpreted_match_reference():
-    """A decode row cut between two workers and a chunk of a prompt, through all three kernels."""
+    """A decode row cut between two workers and a chunk of a prompt, through both kernels."""
     check_interpreted([(1, 1100), (20, 90)], 21, heads=2, prefill_products="apart")
+
+
+@pytest.mark.parametrize(("blocks", "streams"), [(5, 1), (2, 2)])
+def test_decode_rows_cut_between_many_workers_are_merged(blocks, streams):
+    """Whole rows, rows of two and of three parts, and parts of the same thread block."""
+    rows = [(1, 1800), (1, 70), (1, 1900)]
+    check_interpreted(rows, 3, heads=2, num_sms=blocks, decode_streams=streams)
 
 
 @pytest.mark.parametrize(
