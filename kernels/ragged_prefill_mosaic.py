@@ -564,9 +564,7 @@ def _store_rows(o_smem, out_ref, token, head, start, end):
 
 
 def call_prefill(q, shared, plan, static, interpret):
-    """Attend the prefill rows; returns results, zeros for padding, and a lowered flag for each
-    decode worker.
-    """
+    """Attend the prefill rows; returns results, zeros for padding, and flags for decode workers."""
     config, head_dim = static["config"], q.shape[2]
     block, stages = config.prefill_block_kv, config.prefill_stages
     copies = max(1, block // shared[0].shape[1])

@@ -192,8 +192,8 @@ class Node:
             pool, (kind, content) = self._next_news(None)
             if kind == "refused":
                 raise ConfigError(f"pool {pool.number}: {content}")
-            pool.facts = content
-            logger.info("pool %d is ready: %d KV tokens", pool.number, content.kv_tokens)
+            pool.facts, pool.report = content
+            logger.info("pool %d is ready: %d KV tokens", pool.number, pool.facts.kv_tokens)
 
     def _next_news(self, patience: float | None) -> tuple[_Pool, tuple[str, Any]]:
         """The next message of any pool; raises queue.Empty after so many seconds without one."""

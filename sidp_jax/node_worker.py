@@ -83,7 +83,7 @@ def main() -> None:
             max_model_len=engine.max_model_len,
             vocab_size=engine.model_config.vocab_size,
         )
-        connection.send(("ready", facts))
+        connection.send(("ready", (facts, _report(engine))))
         serve(engine, connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # nobody is at the other end

@@ -12,7 +12,7 @@ from fakes import FakeEngine, FakeTokenizer, read_results
 
 from sidp_jax import node
 from sidp_jax.config import ConfigError, EngineConfig
-from sidp_jax.node import Facts, Node
+from sidp_jax.node import Facts, Node, Report
 from sidp_jax.node_worker import serve
 from sidp_jax.request import RequestError, SamplingParams
 
@@ -57,7 +57,7 @@ def make_node(monkeypatch):
             ours, theirs = Pipe()
             engine = left.pop(0)
             facts = Facts(engine.max_concurrency, engine.kv_tokens, engine.max_model_len, 1 << 16)
-            said = answer if answer and not left else ("ready", facts)
+            said = answer if answer and not left else ("ready", (facts, Report(compilations=3)))
             threads.append(Thread(engine, theirs, said))
             return node._Pool(number, threads[-1], ours)
 
@@ -85,6 +85,7 @@ def run(engine, limit=30):
 def test_every_request_comes_back_from_some_pool(make_node):
     engines = [FakeEngine(), FakeEngine(), FakeEngine()]
     pools = make_node(*engines)
+    assert pools.compilations == 3 * 3  # what the pools compiled before they were ready
     prompts = {f"r{i}": [i + 1, i + 2, i + 3] for i in range(60)}
     for name, prompt in prompts.items():
         pools.add_request(name, prompt, PARAMS, prompt=f"text of {name}")
