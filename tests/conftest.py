@@ -6,6 +6,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     flags = os.environ.get("XLA_FLAGS", "")
+    # XLA has a thread for each device, or core. Interpreted GPU kernels, whose warpgroups wait in
+    # callbacks, need several: with two they hang now and then.
     if "xla_force_host_platform_device_count" not in flags:
         flags += " --xla_force_host_platform_device_count=8"
     # The tests spend their time in compilation, not in what was compiled.
