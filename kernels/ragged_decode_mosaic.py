@@ -202,8 +202,8 @@ def _decode_kernel(
         part_rows = pl.ds(0, part_ref.shape[2])
 
         def listen(segment) -> _Segment:
-            # Of two slots: ptxas may read as late as where a number is used, when the producer has
-            # been told that the queries are free.
+            # Two slots: ptxas may read as late as where a number is used, when the producer has
+            # been told that the queries are free and goes on to the next segment.
             slot = lax.rem(segment, jnp.int32(2))
             return _Segment(*(told[stream, slot, place] for place in range(len(_Segment._fields))))
 
@@ -250,10 +250,10 @@ def _decode_kernel(
             rounded = acc.astype(q_ref.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o[...] = rounded
-            whole = (first == 0) & (ends == 1)
-            pl.when(whole)(lambda: write(query))
+            complete = (first == 0) & (ends == 1)
+            pl.when(complete)(lambda: write(query))
 
-            @pl.when(jnp.logical_not(whole))
+            @pl.when(jnp.logical_not(complete))
             def _keep_part():
                 # High and low halves: as good as float32.
                 low = (acc - rounded.astype(jnp.float32)).astype(q_ref.dtype)
