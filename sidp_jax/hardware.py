@@ -67,6 +67,7 @@ class Hardware:
         source: Where the figures are from.
         assumptions: Which of them nobody has measured; empty if all are.
         permute_bandwidth: Bytes/s of a permutation, one way; 0 is ``link_bandwidth``.
+        permute_latency: Seconds that one takes in a step beyond its bytes; 0 is ``hop_latency``.
         copy_bandwidth: Bytes/s into one GPU of copies from a peer by the copy engines, while it
             sends as much; 0 where they are not known, and WaS fetches by collectives.
         decode_bandwidth: Bytes/s at which decode attention reads its cache; 0 is
@@ -94,6 +95,7 @@ class Hardware:
     source: str
     assumptions: str = ""
     permute_bandwidth: float = 0.0
+    permute_latency: float = 0.0
     copy_bandwidth: float = 0.0
     decode_bandwidth: float = 0.0
     prefill_flops: Curve = ()
@@ -113,6 +115,7 @@ class Hardware:
             "hop_latency",
             "memory_bytes",
             "permute_bandwidth",
+            "permute_latency",
             "copy_bandwidth",
             "decode_bandwidth",
             "host_bandwidth",
@@ -151,7 +154,8 @@ class Hardware:
 
     def hop_seconds(self, nbytes: Number) -> float:
         """Seconds of one permutation in which so many bytes enter and leave each device."""
-        return nbytes / (self.permute_bandwidth or self.link_bandwidth) + self.hop_latency
+        bandwidth = self.permute_bandwidth or self.link_bandwidth
+        return nbytes / bandwidth + (self.permute_latency or self.hop_latency)
 
     def attention_seconds(
         self, read_bytes: Number, products: Iterable[tuple[Number, int]]

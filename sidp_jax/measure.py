@@ -165,6 +165,7 @@ def _link(device: jax.Device) -> tuple[dict[str, float], list[str]]:
             "link_bandwidth": known.link_bandwidth,
             "hop_latency": known.hop_latency,
             "permute_bandwidth": known.permute_bandwidth,
+            "permute_latency": known.permute_latency,
             "copy_bandwidth": known.copy_bandwidth,
         }
         return figures, [f"the link, of which one device shows nothing, is that of {known.name}"]

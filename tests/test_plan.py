@@ -243,7 +243,7 @@ def test_staggered_cas_is_as_long_as_its_events(pool, layers):
     ratio = value_at(hardware.indexed_matmul_ratio, 64)
     stage = ratio * hardware.dense_seconds(64, shape.weight_bytes, shape.flops_per_token)
     moved = 64 * (shape.qkv_bytes + shape.attended_bytes + shape.activation_bytes)
-    stage += attention + moved / hardware.link_bandwidth + 3 * hardware.hop_latency
+    stage += attention + moved / hardware.link_bandwidth + 3 * hardware.permute_latency
     got = policy.step_seconds(CAS_STAGGERED, 64, attention)
     assert got == pytest.approx(stages(pool, layers, stage))
 
