@@ -134,9 +134,9 @@ def measure_link(
         if rows:
             best, smallest = max(row["bytes_per_s"] for row in rows), rows[0]
             latency = max(0.0, smallest["us"] / 1e6 - smallest["bytes"] / best)
-            measured[name] = replace(
-                profile, name="measured", link_bandwidth=best, hop_latency=latency
-            )
+            # What a transfer takes by itself, of permutations too.
+            latencies = {"hop_latency": latency, "permute_latency": latency}
+            measured[name] = replace(profile, name="measured", link_bandwidth=best, **latencies)
     return measured
 
 

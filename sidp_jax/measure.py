@@ -57,7 +57,7 @@ def measure_hardware(model: ModelConfig, tensor_size: int, dtype: str) -> Hardwa
     link, assumed = _link(device)
     host = host_bandwidth(device, (1 << 30) if on_gpu else (16 << 20))
     attention, missing = _attention(model, tensor_size, kind, device)
-    disturbed, told = _interference(device)
+    in_steps, told = _in_steps(device)
     assumptions = [*assumed, *missing, *told]
     if not on_gpu:
         assumptions.append(f"the layer timed is a copy of {times.weight_bytes / 1e6:.1f} MB")
@@ -73,7 +73,7 @@ def measure_hardware(model: ModelConfig, tensor_size: int, dtype: str) -> Hardwa
         assumptions="; ".join(assumptions),
         **link,
         **attention,
-        **disturbed,
+        **in_steps,
     )
 
 
@@ -165,7 +165,6 @@ def _link(device: jax.Device) -> tuple[dict[str, float], list[str]]:
             "link_bandwidth": known.link_bandwidth,
             "hop_latency": known.hop_latency,
             "permute_bandwidth": known.permute_bandwidth,
-            "permute_latency": known.permute_latency,
             "copy_bandwidth": known.copy_bandwidth,
         }
         return figures, [f"the link, of which one device shows nothing, is that of {known.name}"]
@@ -193,8 +192,8 @@ def _link(device: jax.Device) -> tuple[dict[str, float], list[str]]:
     return figures, []
 
 
-def _interference(device: jax.Device) -> tuple[dict[str, float], list[str]]:
-    """What a fetch costs the compute above it, which takes steps of a whole pool to measure."""
+def _in_steps(device: jax.Device) -> tuple[dict[str, float], list[str]]:
+    """What the link costs inside of steps, which takes steps of a whole pool to measure."""
     try:
         known = load_profile(profile_for(device.device_kind, device.platform))
     except ValueError:
@@ -202,8 +201,10 @@ def _interference(device: jax.Device) -> tuple[dict[str, float], list[str]]:
     figures = {
         "fetch_interference": known.fetch_interference,
         "copy_interference": known.copy_interference,
+        "permute_latency": known.permute_latency,
     }
-    return figures, [f"what a fetch costs the compute above it is that of {known.name}"]
+    costs = "what a fetch costs the compute above it, and the latency of a permutation in a step"
+    return figures, [f"{costs}, are those of {known.name}"]
 
 
 def copy_bandwidth(nbytes: int) -> float:
